@@ -42,7 +42,7 @@ def complaints(text: str) -> Iterator[str]:
 
 
 def thin_docstring(text: str) -> Iterator[str]:
-    """A complaint when the module docstring lacks the 3 lines that say what it owns and its rules."""
+    """A complaint when the module docstring is too short to say what it owns and its rules."""
     if len((ast.get_docstring(ast.parse(text)) or "").splitlines()) < DOCSTRING_LINES:
         yield f"the module docstring has {DOCSTRING_LINES} lines or more: what it owns, its rules"
 
