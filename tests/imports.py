@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 # The longest name that matches decides. An import goes to a lower row, or sideways inside a package
-# (`dtrain.comm`, `dtrain.nn` ...); the two towers never see each other. A module without a row is an
-# error: give it one.
+# (`dtrain.comm`, `dtrain.nn` ...); the two towers never see each other. A module without a row is
+# an error: give it one.
 BASE = ("errors", "env", "log", "wire", "dtypes", "device", "random", "version")
 COMPUTE = (
     ("autograd",),

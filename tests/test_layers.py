@@ -23,7 +23,7 @@ THE_BINDER = "dtrain/comm/security.py"
 def loaded_by(statement: str) -> set[str]:
     """Top-level modules a fresh interpreter gains by `statement`, the standard library apart."""
     code = (
-        f"import json, sys; before = set(sys.modules); {statement}; new = set(sys.modules) - before; "
+        f"import json, sys; old = set(sys.modules); {statement}; new = set(sys.modules) - old; "
         "print(json.dumps([n for n in new if getattr(sys.modules[n], '__spec__', None)]))"
     )
     run = subprocess.run(

@@ -1,0 +1,113 @@
+"""The names PyTorch programs rely on exist, at the module paths where PyTorch has them.
+
+Scripts name `torch.nn.Linear`, pickles name `torch.nn.modules.linear.Linear`: both must be found
+with `dtrain` for `torch`, and be the same object. The tables are promises: a name is added here with
+the change that brings it, and never removed without a deprecation.
+"""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+
+# Public face, defining module -> classes. Both paths lead to the same class.
+CLASSES = {
+    ("dtrain.autograd", "dtrain.autograd.function"): "Function",
+    ("dtrain.autograd", "dtrain.autograd.grad_mode"): (
+        "no_grad enable_grad inference_mode set_grad_enabled"
+    ),
+    ("dtrain.nn", "dtrain.nn.modules.module"): "Module",
+    ("dtrain.nn", "dtrain.nn.modules.container"): "Sequential ModuleList",
+    ("dtrain.nn", "dtrain.nn.modules.linear"): "Linear",
+    ("dtrain.nn", "dtrain.nn.modules.sparse"): "Embedding",
+    ("dtrain.nn", "dtrain.nn.modules.normalization"): "LayerNorm",
+    ("dtrain.nn", "dtrain.nn.modules.dropout"): "Dropout",
+    ("dtrain.nn", "dtrain.nn.modules.conv"): "Conv2d",
+    ("dtrain.nn", "dtrain.nn.modules.pooling"): "MaxPool2d",
+    ("dtrain.nn", "dtrain.nn.modules.activation"): "GELU ReLU Softmax",
+    ("dtrain.nn", "dtrain.nn.modules.flatten"): "Flatten",
+    ("dtrain.nn", "dtrain.nn.modules.loss"): "CrossEntropyLoss MSELoss",
+    ("dtrain.nn", "dtrain.nn.parameter"): "Parameter",
+    ("dtrain.nn.parallel", "dtrain.nn.parallel.distributed"): "DistributedDataParallel",
+    ("dtrain.optim", "dtrain.optim.optimizer"): "Optimizer",
+    ("dtrain.optim", "dtrain.optim.sgd"): "SGD",
+    ("dtrain.optim", "dtrain.optim.adam"): "Adam",
+    ("dtrain.optim", "dtrain.optim.adamw"): "AdamW",
+    ("dtrain.optim.lr_scheduler", "dtrain.optim.lr_scheduler"): "CosineAnnealingLR LambdaLR",
+}
+
+# Module -> everything else that programs look up there.
+NAMES = {
+    "dtrain": """
+        Tensor tensor Generator manual_seed dtype device Size __version__
+        float32 float64 float16 bfloat16 int64 int32 uint8 bool float double long
+        rand randn randint randperm zeros ones full empty arange zeros_like ones_like
+        cat stack matmul exp log sqrt tanh where softmax
+        no_grad enable_grad inference_mode set_grad_enabled is_grad_enabled
+        nn optim autograd distributed utils testing""",
+    "dtrain.autograd": "backward grad gradcheck gradgradcheck Function",
+    "dtrain.nn": "functional init utils parallel",
+    "dtrain.nn.functional": """
+        linear embedding layer_norm dropout conv2d max_pool2d gelu relu softmax log_softmax
+        cross_entropy mse_loss scaled_dot_product_attention""",
+    "dtrain.nn.init": "uniform_ normal_ kaiming_uniform_ xavier_uniform_ zeros_ ones_",
+    "dtrain.nn.utils": "clip_grad_norm_",
+    "dtrain.nn.utils.clip_grad": "clip_grad_norm_",
+    "dtrain.optim": "lr_scheduler",
+    "dtrain.distributed": """
+        init_process_group destroy_process_group is_initialized is_available get_rank
+        get_world_size get_backend new_group ReduceOp
+        all_reduce broadcast reduce all_gather gather scatter reduce_scatter all_to_all
+        all_gather_into_tensor reduce_scatter_tensor all_to_all_single
+        barrier send recv isend irecv
+        all_gather_object broadcast_object_list gather_object scatter_object_list
+        Store TCPStore FileStore HashStore PrefixStore Work ProcessGroup group""",
+    "dtrain.testing": "run_world gradcheck",
+}
+
+
+def missing(module: ModuleType, names: str) -> list[str]:
+    """Which of the space-separated `names` the module lacks."""
+    return [name for name in names.split() if not hasattr(module, name)]
+
+
+@pytest.mark.parametrize("path", NAMES)
+def test_promised_names_exist(path):
+    assert missing(importlib.import_module(path), NAMES[path]) == []
+
+
+@pytest.mark.parametrize(("face", "home"), CLASSES)
+def test_classes_live_where_torch_has_them(face, home):
+    shown, defined = importlib.import_module(face), importlib.import_module(home)
+    names = CLASSES[face, home]
+    assert missing(defined, names) == []
+    for name in names.split():
+        cls = getattr(defined, name)
+        assert getattr(shown, name) is cls
+        assert (cls.__module__, cls.__qualname__) == (home, name)
+
+
+def test_a_missing_name_would_be_seen():
+    assert missing(sys.modules[__name__], "NAMES Nonesuch") == ["Nonesuch"]
+
+
+@pytest.mark.parametrize("path", ["dtrain", "dtrain.nn", "dtrain.optim", "dtrain.distributed"])
+def test_dir_lists_what_getattr_finds_and_nothing_else_is_found(path):
+    module = importlib.import_module(path)
+    assert set(NAMES[path].split()) <= set(dir(module))
+    with pytest.raises(AttributeError, match="nonesuch"):
+        _ = module.nonesuch
+
+
+def test_one_import_reaches_every_sub_package():
+    program = (
+        "import dtrain as torch\n"
+        "torch.nn.functional.relu, torch.optim.lr_scheduler, torch.utils, torch.autograd.Function\n"
+        "assert torch.distributed.is_available() and not torch.distributed.is_initialized()\n"
+        "torch.nn.parallel.DistributedDataParallel, torch.testing\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=30)
