@@ -1,8 +1,8 @@
 """The names PyTorch programs rely on exist, at the module paths where PyTorch has them.
 
 Scripts name `torch.nn.Linear`, pickles name `torch.nn.modules.linear.Linear`: both must be found
-with `dtrain` for `torch`, and be the same object. The tables are promises: a name is added here with
-the change that brings it, and never removed without a deprecation.
+with `dtrain` for `torch`, and be the same object. The tables are promises: a name is added here
+with the change that brings it, and never removed without a deprecation.
 """
 
 from __future__ import annotations

@@ -1,0 +1,138 @@
+"""The documentation tells the truth: what it shows runs, what it links to exists.
+
+Markdown is read with a few regular expressions, enough for the plain form our pages keep.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.tree import ROOT, SHIPPED
+
+README = ROOT / "README.md"
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+EXAMPLE_LINES = 150
+NUMBER = re.compile(r"\d+\.\d+")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The fenced code blocks of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def anchors(text: str) -> set[str]:
+    """The `#fragment` of every heading, as Git hosts make them."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {
+        re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings
+    }
+
+
+def broken_links(page: Path) -> Iterator[str]:
+    """Relative links of a page whose file or heading does not exist."""
+    prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if "://" in link:
+            continue
+        name, _, fragment = link.partition("#")
+        target = page.parent / name if name else page
+        if not target.exists():
+            yield f"{page.name}: {link}: no such file"
+        elif fragment and fragment not in anchors(target.read_text(encoding="utf-8")):
+            yield f"{page.name}: {link}: no such heading"
+
+
+def same_but_for_rounding(shown: str, printed: str, tolerance: float = 0.01) -> bool:
+    """Whether two outputs are equal where decimal numbers may differ by a relative tolerance."""
+    pairs = zip(NUMBER.findall(shown), NUMBER.findall(printed), strict=False)
+    close = all(math.isclose(float(a), float(b), rel_tol=tolerance) for a, b in pairs)
+    return close and NUMBER.sub("N", shown) == NUMBER.sub("N", printed)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    assert not list(broken_links(page))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_pages_are_ascii_and_have_no_gap(page):
+    text = page.read_text(encoding="utf-8")
+    assert text.isascii()
+    assert "GAP " not in text
+
+
+def test_the_code_of_the_readme_prints_what_the_readme_shows(tmp_path):
+    text = README.read_text(encoding="utf-8")
+    (program,), (session, *_) = blocks(text, "python"), blocks(text, "console")
+    command, shown = session.split("\n", 1)
+    assert command == "$ dtrun --standalone --nproc-per-node 2 train.py"
+    (tmp_path / "train.py").write_text(program)
+    launcher = Path(sys.executable).with_name("dtrun")
+    run = subprocess.run(
+        [launcher, *command.split()[2:]],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    # Ranks print when they like: only the order within a rank is fixed.
+    shown, printed = (sorted(output.splitlines()) for output in (shown, run.stdout))
+    assert same_but_for_rounding("\n".join(shown), "\n".join(printed)), run.stdout
+
+
+def test_the_readme_names_real_commands_and_every_example():
+    text = README.read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    commands = set(re.findall(r"\bmake ([a-z]+)", "\n".join(blocks(text, "(?:bash|console)"))))
+    assert {"train", "test"} <= commands
+    assert all(re.search(rf"^{command}:", makefile, re.MULTILINE) for command in commands)
+    assert EXAMPLES
+    assert not [path.name for path in EXAMPLES if f"(examples/{path.name})" not in text]
+
+
+def test_examples_are_short():
+    lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in EXAMPLES}
+    assert lines
+    assert not {name: count for name, count in lines.items() if count >= EXAMPLE_LINES}
+
+
+def test_the_index_lists_every_page():
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    pages = [path for path in (ROOT / "docs").rglob("*.md") if path.name != "README.md"]
+    assert pages
+    assert not [page.name for page in pages if f"({page.relative_to(ROOT / 'docs')})" not in index]
+
+
+def test_the_architecture_names_what_is_there():
+    text = (ROOT / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    children = [
+        path for path in SHIPPED["dtrain"].iterdir() if not path.name.startswith((".", "__"))
+    ]
+    names = [f"{path.name}/" if path.is_dir() else path.name for path in children]
+    assert not [name for name in names if name != "py.typed" and name not in text]
+
+
+def test_the_checkers_see(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# One `two`, three\n[a](gone.md) [b](#four) [c](#one-two-three) [d](page.md)\n"
+    )
+    assert list(broken_links(page)) == [
+        "page.md: gone.md: no such file",
+        "page.md: #four: no such heading",
+    ]
+    assert blocks("```python\nx\n```\n```bash\ny\n```\n", "python") == ["x\n"]
+    assert same_but_for_rounding("step 1 loss 0.5000", "step 1 loss 0.5001")
+    assert not same_but_for_rounding("step 1 loss 0.5000", "step 1 loss 0.6000")
+    assert not same_but_for_rounding("step 1 loss 0.5000", "step 2 loss 0.5000")
+    assert not same_but_for_rounding("loss 0.5", "loss 0.5 0.5")
