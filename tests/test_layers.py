@@ -16,8 +16,11 @@ import pytest
 from tests.imports import CORE, layer_of, may_import, violations
 from tests.tree import ROOT, python_files, sources
 
-BINDS = {"bind", "bind_to_random_port", "create_server", "start_server", "start_unix_server"}
+BINDS = {"bind", "bind_to_random_port", "listen", "create_server", "start_server"}
 THE_BINDER = "dtrain/comm/security.py"
+# The launcher holds MASTER_PORT for rank 0 with a bound socket that never listens: nobody can
+# connect to it. A call of `listen` there would still be found.
+HOLDS_A_PORT = ("launcher/dtrun/rendezvous.py", "bind")
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -33,13 +36,13 @@ def loaded_by(statement: str) -> set[str]:
     return {name.partition(".")[0] for name in json.loads(run.stdout)} - sys.stdlib_module_names
 
 
-def binders(text: str) -> Iterator[int]:
-    """Line numbers of calls that open a listening socket."""
+def binders(text: str) -> Iterator[tuple[str, int]]:
+    """Method name and line of each call that binds a socket or listens on it."""
     for node in ast.walk(ast.parse(text)):
         match node:
             case ast.Call(func=ast.Attribute(value=owner, attr=name)) if name in BINDS:
                 if "signature" not in ast.unparse(owner):
-                    yield node.lineno
+                    yield name, node.lineno
 
 
 def test_nobody_imports_upwards():
@@ -127,11 +130,13 @@ def test_one_function_binds_sockets():
         f"{path.relative_to(ROOT)}:{line}"
         for path in python_files("dtrain", "launcher", "examples", "benchmarks")
         if str(path.relative_to(ROOT)) != THE_BINDER
-        for line in binders(path.read_text(encoding="utf-8"))
+        for name, line in binders(path.read_text(encoding="utf-8"))
+        if (str(path.relative_to(ROOT)), name) != HOLDS_A_PORT
     }
     assert not found, f"only {THE_BINDER} opens listening sockets"
 
 
 def test_the_bind_checker_sees():
-    assert list(binders("sock.bind('tcp://*:1')\nasyncio.start_server(f)\n")) == [1, 2]
+    program = "sock.bind('tcp://*:1')\nsock.listen()\nasyncio.start_server(f)\n"
+    assert list(binders(program)) == [("bind", 1), ("listen", 2), ("start_server", 3)]
     assert not list(binders("inspect.signature(f).bind(1)\nsock.connect(a)\n"))
