@@ -14,16 +14,21 @@ from dataclasses import dataclass
 # The longest name that matches decides. An import goes to a lower row, or sideways inside a package
 # (`dtrain.comm`, `dtrain.nn` ...); the two towers never see each other. A module without a row is
 # an error: give it one.
-BASE = ("errors", "env", "log", "wire", "dtypes", "device", "random", "version")
+BASE = (
+    *("errors", "env", "log", "wire", "version"),
+    *("dtypes", "device", "draws", "generator", "random"),
+)
 COMPUTE = (
     ("autograd",),
     ("ops",),
+    ("printing",),
     ("tensor",),
+    ("methods",),
     ("nn", "optim", "utils", "serialization"),
 )
 COMM = (
-    ("comm.store", "comm.transports", "comm.security", "comm.work", "comm.deadline"),
-    ("comm.collectives", "comm.algorithms", "comm.reduce", "comm.record", "comm.topology"),
+    ("comm.store", "comm.transports", "comm.security", "comm.topology", "comm.work"),
+    ("comm.channel", "comm.collectives", "comm.algorithms", "comm.reduce", "comm.record"),
     ("comm.group",),
     ("comm",),
 )
@@ -37,8 +42,9 @@ ABOVE = (
 CORE = {"numpy", "zmq", "msgpack", "ml_dtypes"}
 # Heavy and seldom needed: imported inside the function that needs them.
 LAZY = {"cloudpickle", "psutil", "safetensors", "threadpoolctl"}
-# A package's face may load sub-packages when they are first asked for.
-DYNAMIC = {"dtrain", "dtrain.nn", "dtrain.utils", "dtrain.distributed", "dtrain.comm.transports"}
+# A package's face may load sub-packages when they are first asked for, a registry what it lists.
+DYNAMIC = {"dtrain", "dtrain.nn", "dtrain.utils", "dtrain.distributed"}
+DYNAMIC |= {"dtrain.comm.transports.base"}
 
 
 @dataclass(frozen=True)

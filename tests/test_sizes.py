@@ -47,23 +47,23 @@ def thin_docstring(text: str) -> Iterator[str]:
         yield f"the module docstring has {DOCSTRING_LINES} lines or more: what it owns, its rules"
 
 
-def findings(paths: list[Path], check: Callable[[str], Iterator[str]]) -> list[str]:
-    """`file: complaint` for everything `check` says about the text of each file."""
-    return [
+def findings(paths: list[Path], check: Callable[[str], Iterator[str]]) -> str:
+    """A line `file: complaint` for everything `check` says about the text of each file."""
+    return "\n".join(
         f"{path.relative_to(ROOT)}: {complaint}"
         for path in paths
         for complaint in check(path.read_text(encoding="utf-8"))
-    ]
+    )
 
 
 def test_every_file_keeps_the_limits():
     assert python_files("dtrain")
     assert python_files("tests")
-    assert not findings(python_files(), complaints)
+    assert findings(python_files(), complaints) == ""
 
 
 def test_every_shipped_module_says_what_it_owns():
-    assert not findings(list(sources().values()), thin_docstring)
+    assert findings(list(sources().values()), thin_docstring) == ""
 
 
 LONG_FUNCTION = "def f():\n" + "    pass\n" * FUNCTION_LINES
