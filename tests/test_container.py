@@ -10,8 +10,8 @@ import re
 from pathlib import PurePosixPath
 
 import pytest
-from dtrun.cli import parse
 
+from dtrun.cli import parse
 from tests.tree import ROOT
 
 COMPOSE = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
