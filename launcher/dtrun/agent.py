@@ -1,0 +1,104 @@
+"""The launcher proper: reserves what a run needs, starts the group, restarts it, and reports.
+
+The exit code is 0 when every worker of one attempt succeeded; the code of the worker that failed
+first (128 + n for signal n, as in a shell); 128 + n when dtrun itself was ended by signal n; 2
+when rank 0's address cannot be used; 126 when a worker cannot be started.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+import socket
+from collections.abc import Mapping
+
+from dtrun import errors
+from dtrun.group import Group, Signals, flush
+from dtrun.output import make_log_dir
+from dtrun.rendezvous import reserve_port
+from dtrun.spec import Attempt, Spec, threads_line
+from dtrun.streams import Streams
+
+BAD_ADDRESS, CANNOT_START = 2, 126
+
+
+class Agent:
+    """One run on this node; `signals` are the ones to be stopped by."""
+
+    def __init__(
+        self, spec: Spec, run_dir: str, environ: Mapping[str, str], signals: set[signal.Signals]
+    ) -> None:
+        self._spec = spec
+        self._run_dir = run_dir
+        self._environ = environ
+        self._selector = selectors.PollSelector()
+        self._signals = Signals(signals)
+        self._selector.register(self._signals.fd, selectors.EVENT_READ)
+        self._hostname = socket.gethostname()
+        self._streams = Streams(spec, self._selector, self._hostname)
+        self._log_dir = run_dir
+        self._received: int | None = None
+
+    def run(self) -> int:
+        """Launch, see everything end, and return the exit code. Blocks until then."""
+        try:
+            code = self._reserve_and_run()
+        except OSError as error:
+            self._streams.say(f"dtrun: error: cannot start the workers: {error}\n")
+            code = CANNOT_START
+        hurry = self._received is not None
+        flush(self._streams, self._selector, self._signals, hurry=hurry)
+        return code
+
+    def _reserve_and_run(self) -> int:
+        spec = self._spec
+        if spec.nnodes > 1:  # the address is another machine's, perhaps
+            return self._run_attempts(spec.master_addr, spec.master_port)
+        try:
+            holder = reserve_port(spec.master_addr, spec.master_port)
+        except OSError as error:
+            where = f"{spec.master_addr} port {spec.master_port or '0 (any)'}"
+            self._streams.say(f"dtrun: error: cannot reserve {where}: {error.strerror}\n")
+            return BAD_ADDRESS
+        with holder:
+            return self._run_attempts(*holder.getsockname()[:2])
+
+    def _run_attempts(self, addr: str, port: int) -> int:
+        self._announce()
+        for number in range(self._spec.max_restarts + 1):
+            failures = self._attempt(number, addr, port)
+            if self._received is not None:
+                name = errors.signal_name(self._received)
+                self._streams.say(f"dtrun: stopped by {name}, all workers have ended\n")
+                return 128 + self._received
+            if not failures:
+                return 0
+            self._streams.say(errors.report(self._spec.target, failures, self._hostname))
+            if number < self._spec.max_restarts:
+                left = f"{number + 1} of {self._spec.max_restarts}"
+                self._streams.say(f"dtrun: restart {left} of all workers\n")
+        return errors.exit_code(errors.root_cause(failures))
+
+    def _announce(self) -> None:
+        threads = threads_line(self._spec.nproc, self._environ)
+        if threads:
+            self._streams.say(f"dtrun: {threads}\n")
+        if self._spec.log_dir is not None:
+            self._log_dir = make_log_dir(self._spec.log_dir, self._spec.run_id)
+            self._streams.say(f"dtrun: logs are in {self._log_dir}\n")
+
+    def _attempt(self, number: int, addr: str, port: int) -> list[errors.Failure]:
+        name = f"attempt_{number}"
+        attempt = Attempt(
+            number=number,
+            master_addr=addr,
+            master_port=port,
+            run_dir=os.path.join(self._run_dir, str(number)),
+            error_dir=os.path.join(self._log_dir, name),
+        )
+        os.mkdir(attempt.run_dir, 0o700)
+        group = Group(self._spec, attempt, self._streams, self._environ)
+        failures = group.run(self._selector, self._signals)
+        self._received = group.supervisor.received
+        return failures

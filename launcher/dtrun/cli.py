@@ -1,0 +1,133 @@
+"""The command line: torchrun's everyday flags, checked, and the entry point `main`.
+
+Every long flag is spelled with dashes or underscores and takes its default from PET_<NAME>. What
+is wrong is said in one line, exit code 2; a torchrun flag that cannot be honoured yet is refused,
+never ignored. The script's own arguments are passed on untouched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from dtrun import keeper, options, output
+from dtrun.agent import CANNOT_START, Agent
+from dtrun.rendezvous import make_run_dir, remove_run_dir
+from dtrun.spec import Spec
+
+# torchrun has these too.
+NOT_YET = (
+    *("--start-method", "--event-log-handler", "--run-path", "--local-addr", "--logs-specs"),
+    *("--duplicate-stdout-filters", "--duplicate-stderr-filters", "--numa-binding"),
+    *("--signals-to-handle", "--shutdown-timeout", "--virtual-local-rank", "--print-completion"),
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints take one line."""
+
+    flags: tuple[str, ...] = ()
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong and exit with code 2."""
+        self.exit(2, f"dtrun: error: {message}\n")
+
+    def flag(self, name: str, short: str | None = None, **options: object) -> None:
+        """Add `--some-name`, `--some_name` and perhaps a short form; the default may be PET_'s."""
+        underscored = f"--{name[2:].replace('-', '_')}"
+        names = [n for n in (short, *dict.fromkeys((name, underscored))) if n is not None]
+        self.flags += (name,)
+        preset = os.environ.get(f"PET_{underscored[2:].upper()}")
+        if preset is not None:
+            is_switch = options.get("action") == "store_true"
+            options["default"] = self._switch(name, preset) if is_switch else preset
+        self.add_argument(*names, **options)  # type: ignore[arg-type]
+
+    def _switch(self, name: str, preset: str) -> bool:
+        if preset not in ("0", "1"):
+            self.error(f"the environment variable for {name} must be 0 or 1, got {preset!r}")
+        return preset == "1"
+
+
+def make_parser() -> Parser:
+    """All flags that are honoured."""
+    parser = Parser(
+        prog="dtrun",
+        usage="dtrun [flags] training_script [script arguments]",
+        description="Start the ranks of a distributed program on this machine and watch them. "
+        "Each flag takes its default from PET_<NAME>, as in torchrun.",
+        allow_abbrev=False,
+    )
+    add = parser.flag
+    add("--nproc-per-node", default="1", metavar="N", help="ranks: a number, or auto/cpu: cores")
+    add("--standalone", action="store_true", help="one node, a free port: overrides --rdzv-*")
+    add("--nnodes", default="1", metavar="N", help="nodes, each started with its --node-rank")
+    add("--node-rank", type=int, default=0, metavar="I", help="this node, from 0")
+    add("--master-addr", default="127.0.0.1", metavar="HOST", help="where rank 0 runs")
+    add("--master-port", default="0", metavar="PORT", help="default: a free one")
+    add("--max-restarts", type=int, default=0, metavar="N", help="of the whole group")
+    add("--module", "-m", action="store_true", help="run the script as python -m does")
+    add("--no-python", action="store_true", help="the script is a program, not for Python")
+    add("--role", default="default", help="ROLE_NAME of the workers")
+    add("--log-dir", metavar="DIR", help="for log and error files")
+    streams = "files for 1 stdout, 2 stderr, 3 both, or per local rank: 0:1,1:3"
+    add("--redirects", "-r", default="0", metavar="S", help=f"not on the console: {streams}")
+    add("--tee", "-t", default="0", metavar="S", help=f"and on the console: {streams}")
+    add("--local-ranks-filter", default="", metavar="I,J", help="show only these on the console")
+    add("--log-line-prefix-template", metavar="T", help="with ${role_name} ${local_rank} ${rank}")
+    add("--monitor-interval", type=float, default=0.1, help="no effect: deaths are seen at once")
+    add("--rdzv-backend", default="static", help="static; c10d on one node means --standalone")
+    add("--rdzv-endpoint", default="", metavar="HOST[:PORT]", help="as --master-addr and -port")
+    add("--rdzv-id", default="none", help="the run id")
+    add("--rdzv-conf", default="", help="not supported yet")
+    parser.add_argument("training_script", nargs="?", help="script, module (-m) or program")
+    parser.add_argument("training_script_args", nargs=argparse.REMAINDER)
+    return parser
+
+
+def parse(argv: Sequence[str]) -> Spec:
+    """The checked launch; exits with code 2 and one line when something is wrong."""
+    parser = make_parser()
+    given, unknown = parser.parse_known_args(argv)
+    _refuse_unknown(parser, unknown)
+    try:
+        return options.spec_from(given)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run dtrun and return its exit code; see `dtrun.agent` for what the code says."""
+    output.open_standard_descriptors()
+    spec = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        run_dir = make_run_dir(os.environ)
+    except OSError as error:
+        print(f"dtrun: error: cannot make a run directory: {error}", file=sys.stderr)
+        return CANNOT_START
+    return keeper.keep(
+        lambda signals: Agent(spec, run_dir, os.environ, signals).run(),
+        lambda: remove_run_dir(run_dir),
+    )
+
+
+def _refuse_unknown(parser: Parser, unknown: Sequence[str]) -> None:
+    """Refuse what argparse left over, and PET_ variables of flags that are not there yet."""
+    for name in NOT_YET:
+        variable = f"PET_{name[2:].replace('-', '_').upper()}"
+        if variable in os.environ:
+            parser.error(f"{variable} is set, but {name} is not supported yet")
+    if not unknown:
+        return
+    name = unknown[0].partition("=")[0].replace("_", "-")
+    if name in NOT_YET:
+        parser.error(f"{name} is not supported yet")
+    import difflib
+
+    known = {flag.replace("_", "-") for flag in parser.flags}
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else "; see dtrun --help"
+    parser.error(f"unknown flag {unknown[0]}{hint}")

@@ -1,0 +1,178 @@
+"""One attempt: starts all workers of this node, moves their output, and sees all of them end.
+
+One thread, one loop, one sleep: a poll over signals (SIGCHLD when a worker ends), the workers'
+output, room on the console, and the next deadline. What to do is `Supervisor`'s decision.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+import subprocess
+import time
+from collections.abc import Mapping
+
+from dtrun import process
+from dtrun.errors import Failure, read_recorded
+from dtrun.spec import STDERR, STDOUT, Attempt, Spec, command, environment, error_file
+from dtrun.streams import LOG_NAMES, Streams
+from dtrun.supervisor import Supervisor
+
+# What a successful run leaves behind (a helper in the background) may finish its last write.
+LEFT_BEHIND_SECONDS = 0.3
+# For a console that takes nothing while dtrun is being stopped.
+LAST_WORDS_SECONDS = 0.2
+
+
+class Signals:
+    """Turns signals into bytes on a descriptor that a selector can wait for."""
+
+    def __init__(self, signals: set[signal.Signals]) -> None:
+        self.fd, write = os.pipe()
+        os.set_blocking(self.fd, False)
+        os.set_blocking(write, False)
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        for signum in signals:
+            signal.signal(signum, lambda *_: None)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+
+    def read(self) -> list[int]:
+        """The signals that have arrived, SIGCHLD apart; call it when `fd` is readable."""
+        return [number for number in os.read(self.fd, 4096) if number != signal.SIGCHLD]
+
+
+class Group:
+    """The workers of one attempt, by local rank."""
+
+    def __init__(
+        self, spec: Spec, attempt: Attempt, streams: Streams, environ: Mapping[str, str]
+    ) -> None:
+        self.supervisor = Supervisor(range(spec.nproc))
+        self._spec = spec
+        self._attempt = attempt
+        self._streams = streams
+        self._environ = environ
+        self._workers: list[subprocess.Popen[bytes]] = []
+        self._ended: dict[int, float] = {}  # wall-clock time of each end, as error files have it
+        self._stopped_by: dict[int, int] = {}  # the signal dtrun sent before the end
+
+    def run(self, selector: selectors.BaseSelector, signals: Signals) -> list[Failure]:
+        """Run all workers to their end and return those that did not succeed.
+
+        Raises OSError when a worker cannot be started; those started before it are killed then.
+        """
+        try:
+            for local_rank in range(self._spec.nproc):
+                self._start(local_rank)
+        except OSError:
+            for worker in self._workers:
+                process.signal_group(worker, signal.SIGKILL)
+            raise
+        while self.supervisor.living:
+            self._step(selector, signals)
+        self._sweep()
+        self._streams.drain()
+        return [self._failure(rank) for rank, one in enumerate(self._workers) if one.returncode]
+
+    def _start(self, local_rank: int) -> None:
+        os.makedirs(os.path.join(self._attempt.error_dir, str(local_rank)))
+        stdout, stderr = (
+            self._streams.open(local_rank, bit, self._attempt.error_dir) for bit in (STDOUT, STDERR)
+        )
+        try:
+            worker = process.spawn(
+                command(self._spec, local_rank, self._environ),
+                environment(self._spec, self._attempt, local_rank, self._environ),
+                # One reader can make sense of a shared stdin, several cannot.
+                None if local_rank == 0 else subprocess.DEVNULL,
+                stdout,
+                stderr,
+            )
+        finally:
+            for fd in (stdout, stderr):
+                if fd is not None and fd >= 0:
+                    os.close(fd)
+        self._workers.append(worker)
+
+    def _step(self, selector: selectors.BaseSelector, signals: Signals) -> None:
+        """Sleep until something happens, and deal with it."""
+        self._streams.watch()
+        for key, _ in selector.select(self._timeout()):
+            if key.fd == signals.fd:
+                self._on_signals(signals.read())
+            else:
+                self._streams.ready(key.fd)
+        now = time.monotonic()
+        self._streams.show_tails(now)
+        self._send(self.supervisor.tick(now))
+
+    def _timeout(self) -> float | None:
+        due = [d for d in (self.supervisor.deadline, self._streams.deadline) if d is not None]
+        return max(0.0, min(due) - time.monotonic()) if due else None
+
+    def _on_signals(self, received: list[int]) -> None:
+        now = time.monotonic()
+        for local_rank in sorted(self.supervisor.living):
+            code = self._workers[local_rank].poll()
+            if code is not None:
+                self._ended[local_rank] = time.time()
+                self.supervisor.exited(local_rank, code, now)
+        for signum in received:
+            self._send(self.supervisor.signalled(signum, now))
+
+    def _send(self, signum: int | None) -> None:
+        if signum is not None:
+            for local_rank in self.supervisor.living:
+                self._stopped_by[local_rank] = signum
+                process.signal_group(self._workers[local_rank], signum)
+
+    def _sweep(self) -> None:
+        undisturbed = not any(worker.returncode for worker in self._workers)
+        left = process.sweep(LEFT_BEHIND_SECONDS if undisturbed else 0.0)
+        if left and undisturbed:
+            self._streams.say(f"dtrun: ended {left} process(es) that the workers left behind\n")
+
+    def _failure(self, local_rank: int) -> Failure:
+        worker = self._workers[local_rank]
+        path = error_file(self._attempt, local_rank)
+        recorded = read_recorded(path, worker.returncode)
+        self._log_traceback(local_rank, recorded.traceback)
+        kept = self._spec.log_dir is not None and os.path.exists(path)
+        return Failure(
+            rank=self._spec.rank(local_rank),
+            local_rank=local_rank,
+            pid=worker.pid,
+            exitcode=worker.returncode,
+            time=recorded.time or self._ended[local_rank],
+            message=recorded.message,
+            traceback=recorded.traceback,
+            lost_peer=recorded.lost_peer,
+            stopped_by=self._stopped_by.get(local_rank),
+            error_file=path if kept else "<N/A>",
+        )
+
+    def _log_traceback(self, local_rank: int, text: str) -> None:
+        """The worker did not print it, but its log would not be complete without it."""
+        path = os.path.join(self._attempt.error_dir, str(local_rank), LOG_NAMES[STDERR])
+        if text and os.path.exists(path):
+            with open(path, "a", encoding="utf-8", errors="backslashreplace") as log:
+                log.write(text)
+
+
+def flush(
+    streams: Streams, selector: selectors.BaseSelector, signals: Signals, *, hurry: bool
+) -> None:
+    """Give the consoles what they have not taken; in a `hurry`, or after a signal, not for long."""
+    deadline = time.monotonic() + LAST_WORDS_SECONDS if hurry else None
+    while streams.pending():
+        streams.watch()
+        left = None if deadline is None else deadline - time.monotonic()
+        if left is not None and left <= 0:
+            return
+        for key, _ in selector.select(left):
+            if key.fd == signals.fd:
+                if signals.read():
+                    return
+            else:
+                streams.ready(key.fd)

@@ -1,0 +1,69 @@
+"""The outer process of dtrun: forwards signals to the launcher and outlives its sudden death.
+
+The process a user starts only keeps: its one child is the launcher proper, in a session of its own
+so that Ctrl-C reaches it once, from here. When the launcher is killed, its descendants fall to the
+keeper, which ends them; when the keeper is killed, the launcher is sent SIGTERM and ends them. So
+no single kill leaves an orphan or a run directory behind.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+
+from dtrun import errors, process
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+# The launcher needs less than one second to stop; this is for a launcher that cannot go on.
+PATIENCE_SECONDS = 2.0
+
+
+def keep(launch: Callable[[set[signal.Signals]], int], clean: Callable[[], None]) -> int:
+    """Run `launch` in a child and return its exit code; then `clean`, however the child ended.
+
+    `launch` is given the signals, SIGCHLD among them, that are blocked and that it must handle.
+    Returns in both processes, the child with its own result. Blocks until the child has ended, at
+    most PATIENCE_SECONDS after a signal. No other thread may be running.
+    """
+    # A signal that is ignored (nohup, a shell's background job) stays ignored for everybody.
+    stops = {one for one in STOP_SIGNALS if signal.getsignal(one) is not signal.SIG_IGN}
+    watched = stops | {signal.SIGCHLD}
+    signal.pthread_sigmask(signal.SIG_BLOCK, watched)
+    process.adopt_orphans()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    keeper = os.getpid()
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        process.die_with(keeper, signal.SIGTERM)
+        process.adopt_orphans()  # not inherited
+        try:
+            return launch(watched)
+        finally:
+            clean()
+    status = _wait(child, watched)
+    process.sweep()
+    clean()
+    if status < 0:
+        text = f"dtrun: the launcher was ended by {errors.signal_name(-status)}, so are its workers"
+        print(text, file=sys.stderr)
+    return status if status >= 0 else 128 - status
+
+
+def _wait(child: int, watched: set[signal.Signals]) -> int:
+    """Forward signals until `child` ends; its exit code, negative for a signal."""
+    deadline: float | None = None
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        if deadline is None:
+            signum: int = signal.sigwaitinfo(watched).si_signo
+        else:
+            info = signal.sigtimedwait(watched, max(0.0, deadline - time.monotonic()))
+            signum = signal.SIGKILL if info is None else info.si_signo
+        if signum != signal.SIGCHLD:
+            os.kill(child, signum)
+            deadline = time.monotonic() + PATIENCE_SECONDS
+    return os.waitstatus_to_exitcode(ended[1])

@@ -1,0 +1,165 @@
+"""From the values of the flags to a `Spec`: what each may be, and how it is refused.
+
+Pure but for a look at the script's path. Every function raises ValueError with the whole complaint:
+the flag, what was expected, what was given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from dtrun.spec import MODULE, PROGRAM, SCRIPT, STDERR, STDOUT, Spec, cores
+
+DEFAULT_PORT = 29500  # torchrun's, for several nodes; on one node a free port is reserved
+DEFAULT_PREFIX = "[rank${rank}]: "
+TEMPORARY_LOGS = "dtrun_logs"
+
+
+def spec_from(given: argparse.Namespace) -> Spec:
+    """The launch that the parsed flags ask for."""
+    nproc = ranks_per_node(given.nproc_per_node)
+    nnodes = nodes(given.nnodes)
+    addr, port = endpoint(given, nnodes)
+    if not 0 <= given.node_rank < nnodes:
+        raise ValueError(f"--node-rank must be in 0..{nnodes - 1}, got {given.node_rank}")
+    redirects, tee = streams("--redirects", given.redirects), streams("--tee", given.tee)
+    kind = kind_of(given)
+    return Spec(
+        target=target(kind, given.training_script),
+        args=tuple(given.training_script_args),
+        kind=kind,
+        nproc=nproc,
+        nnodes=nnodes,
+        node_rank=given.node_rank,
+        master_addr=addr,
+        master_port=port,
+        run_id=os.urandom(8).hex() if given.standalone else given.rdzv_id,
+        role=given.role,
+        max_restarts=restarts(given.max_restarts, nnodes),
+        log_dir=log_dir(given.log_dir, bool(redirects or tee)),
+        redirects=tuple(redirects.get(rank, redirects.get(-1, 0)) for rank in range(nproc)),
+        tee=tuple(tee.get(rank, tee.get(-1, 0)) for rank in range(nproc)),
+        shown=shown(given.local_ranks_filter),
+        prefix=prefix(given.log_line_prefix_template, nproc),
+    )
+
+
+def ranks_per_node(text: str) -> int:
+    """A number, or `auto` or `cpu` for one rank per core."""
+    if text in ("auto", "cpu"):
+        return cores()
+    if text in ("gpu", "xpu"):
+        raise ValueError(f"--nproc-per-node {text}: dtrain computes on CPUs; use cpu or a number")
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"--nproc-per-node must be a number from 1, auto or cpu, got {text!r}")
+    return int(text)
+
+
+def nodes(text: str) -> int:
+    """N or N:N."""
+    least, _, most = text.partition(":")
+    if not all(part.isdecimal() and int(part) >= 1 for part in (least, most or least)):
+        raise ValueError(f"--nnodes must be a number from 1, got {text!r}")
+    if most not in ("", least):
+        raise ValueError(f"--nnodes {text}: a changing number of nodes is not supported yet")
+    return int(least)
+
+
+def restarts(count: int, nnodes: int) -> int:
+    """How often the group may be started again."""
+    if count < 0:
+        raise ValueError(f"--max-restarts must be at least 0, got {count}")
+    if count and nnodes > 1:
+        raise ValueError("--max-restarts with several nodes is not supported yet")
+    return count
+
+
+def endpoint(given: argparse.Namespace, nnodes: int) -> tuple[str, int]:
+    """Address and port of rank 0; port 0 asks for a free one, which needs a single node."""
+    if given.rdzv_conf:
+        raise ValueError(f"--rdzv-conf {given.rdzv_conf} is not supported yet")
+    if given.standalone:
+        if nnodes > 1:
+            raise ValueError(f"--standalone is for one node, got --nnodes {nnodes}")
+        return given.master_addr, _port("--master-port", given.master_port)
+    # On one node the store of c10d is no different from a static one.
+    if given.rdzv_backend != "static" and (given.rdzv_backend != "c10d" or nnodes > 1):
+        raise ValueError(f"--rdzv-backend {given.rdzv_backend} is not supported yet: use static")
+    addr, port = given.master_addr, _port("--master-port", given.master_port)
+    if given.rdzv_endpoint:
+        addr, colon, text = given.rdzv_endpoint.rpartition(":")
+        addr, text = (addr, text) if colon else (text, "0")
+        port = _port("--rdzv-endpoint", text)
+    return addr.strip("[]"), port or (DEFAULT_PORT if nnodes > 1 else 0)
+
+
+def _port(flag: str, text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise ValueError(f"{flag}: a port is a number in 0..65535, got {text!r}")
+    return int(text)
+
+
+def streams(flag: str, text: str) -> dict[int, int]:
+    """`3`, or `0:1,1:2` by local rank, as {local rank: bits}; rank -1 stands for all."""
+    parts = [part.rpartition(":") for part in text.split(",")]
+    legal = all(
+        bits in ("0", "1", "2", "3") and (rank.isdecimal() if colon else len(parts) == 1)
+        for rank, colon, bits in parts
+    )
+    if not legal:
+        raise ValueError(
+            f"{flag} must be 0, {STDOUT}, {STDERR} or 3, or like 0:1,1:3, got {text!r}"
+        )
+    return {int(rank or -1): int(bits) for rank, _, bits in parts if bits != "0"}
+
+
+def shown(text: str) -> frozenset[int] | None:
+    """`0,2`: the local ranks seen on the console; None for all."""
+    if not text:
+        return None
+    if not all(part.isdecimal() for part in text.split(",")):
+        raise ValueError(f"--local-ranks-filter must be like 0,2, got {text!r}")
+    return frozenset(map(int, text.split(",")))
+
+
+def prefix(template: str | None, nproc: int) -> str:
+    """The flag, torchrun's variable, or the default, which one rank alone does not need."""
+    if template is None:
+        template = os.environ.get("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE")
+    if template is None:
+        template = DEFAULT_PREFIX if nproc > 1 else ""
+    return template
+
+
+def log_dir(path: str | None, needed: bool) -> str | None:
+    """Where log files go; a temporary place when streams are to be kept and none is named."""
+    if path is None and needed:
+        return os.path.join(os.environ.get("TMPDIR", "/tmp"), TEMPORARY_LOGS)
+    return path
+
+
+def kind_of(given: argparse.Namespace) -> str:
+    """A script, a module or a program."""
+    if given.module and given.no_python:
+        raise ValueError("--module and --no-python exclude each other")
+    return MODULE if given.module else PROGRAM if given.no_python else SCRIPT
+
+
+def target(kind: str, name: str | None) -> str:
+    """The script, module or program, checked as far as that is possible without running it."""
+    if name is None:
+        raise ValueError("no training script given; see dtrun --help")
+    if kind == PROGRAM:
+        import shutil
+
+        if shutil.which(name) is None:
+            raise ValueError(f"no such program: {name}")
+    elif kind == SCRIPT:
+        if os.path.isdir(name):
+            raise ValueError(f"{name} is a directory, a Python script is needed")
+        if not os.path.exists(name):
+            raise ValueError(f"no such script: {name}")
+        if not os.access(name, os.R_OK):
+            raise ValueError(f"cannot read the script {name}")
+    return name

@@ -1,0 +1,97 @@
+"""Starting processes so that none can outlive us, and ending those that are ours.
+
+Rules: a worker leads its own session, is killed by the kernel when its parent dies
+(PR_SET_PDEATHSIG), and is signalled as a process group. Orphans below us come back to us
+(PR_SET_CHILD_SUBREAPER), so what `sweep` ends is exactly what we started, found by kinship and
+never by name. Linux only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+SWEEP_SECONDS = 1.0
+
+
+def die_with(parent: int, signum: int) -> None:
+    """Ask the kernel to send us `signum` when `parent` dies; now, if it is dead already."""
+    _prctl(PR_SET_PDEATHSIG, signum)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signum)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of every descendant whose own parent dies."""
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def spawn(
+    argv: Sequence[str], env: Mapping[str, str], stdin: int, stdout: int | None, stderr: int | None
+) -> subprocess.Popen[bytes]:
+    """Start a worker; `stdin`, `stdout` and `stderr` are as in Popen, which names the errors.
+
+    Call it from the main thread: the parent-death signal follows the thread that forked.
+    """
+    launcher = os.getpid()
+    return subprocess.Popen(
+        argv,
+        env=env,
+        stdin=stdin,
+        stdout=stdout,
+        stderr=stderr,
+        start_new_session=True,
+        preexec_fn=lambda: die_with(
+            launcher, signal.SIGKILL
+        ),  # no thread exists that could hold a lock
+    )
+
+
+def signal_group(worker: subprocess.Popen[bytes], signum: int) -> None:
+    """Send `signum` to a worker that was not waited for, and to all of its process group."""
+    # An unreaped leader keeps its group's number from being used again.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(worker.pid, signum)
+
+
+def sweep(grace: float = 0.0) -> int:
+    """End and reap every child still there, and what falls to us when it ends; their number.
+
+    They get SIGTERM and `grace` seconds, then SIGKILL. Blocks for at most `grace` plus a second.
+    """
+    if not _has_children():
+        return 0
+    import psutil
+
+    me, ended = psutil.Process(), set()
+    for signum, seconds in ((signal.SIGTERM, grace), (signal.SIGKILL, SWEEP_SECONDS)):
+        # Killing a parent hands us its children: go on until there are none.
+        while seconds and (left := me.children()):
+            for child in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.send_signal(signum)
+            ended |= set(left)
+            if psutil.wait_procs(left, timeout=seconds)[1]:
+                break
+    return len(ended)
+
+
+def _has_children() -> bool:
+    """Whether a child remains; reaps the one that ended, if any."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        return False
+    return True
+
+
+def _prctl(option: int, value: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), f"prctl({option}, {value}) failed")

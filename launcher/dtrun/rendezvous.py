@@ -1,0 +1,52 @@
+"""Where the ranks of a run meet: a TCP port kept for rank 0, and a private directory.
+
+The port is bound here and never listened on. Linux lets a second socket with SO_REUSEADDR bind a
+port whose holder does not listen, so rank 0 (any store that sets SO_REUSEADDR, ZeroMQ's and
+PyTorch's included) binds MASTER_PORT as if it were free, while the kernel gives the port to nobody
+who asks for "a free one", neither by bind(0) nor by connect(). Nothing is probed and let go: no
+race. The directory has mode 0700 and is empty at the start of each attempt.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+
+# A unix socket's path holds 107 bytes; leave some for the names below the run directory.
+LONGEST_BASE = 60
+
+
+def reserve_port(host: str, port: int = 0) -> socket.socket:
+    """Hold `port` (0: a free one) of the local address `host` until the socket is closed.
+
+    Raises OSError when `host` is not an address of this machine or somebody listens there.
+    """
+    holder = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind((host, port))
+    except OSError:
+        holder.close()
+        raise
+    return holder
+
+
+def make_run_dir(environ: Mapping[str, str]) -> str:
+    """A new directory only its owner can enter, under XDG_RUNTIME_DIR, TMPDIR or /tmp."""
+    wished = [environ[name] for name in ("XDG_RUNTIME_DIR", "TMPDIR") if environ.get(name)]
+    fitting = [base for base in map(os.path.abspath, wished) if _fits(base)]
+    path = os.path.join([*fitting, "/tmp"][0], f"dtrun-{os.urandom(6).hex()}")
+    os.mkdir(path, 0o700)
+    return path
+
+
+def _fits(base: str) -> bool:
+    return len(base) <= LONGEST_BASE and os.access(base, os.W_OK | os.X_OK)
+
+
+def remove_run_dir(path: str) -> None:
+    """Remove the run directory; whoever of launcher and keeper comes second finds it gone."""
+    import shutil
+
+    shutil.rmtree(path, ignore_errors=True)
