@@ -1,0 +1,186 @@
+"""How the ranks of a group come to the same error.
+
+Owns: what is known of the other ranks' calls (`Report`), the search for a mismatch, the telling of a failure.
+Called by the group when a call starts and when it fails, and by the transport when news arrive.
+
+[Note: how a mismatch is found] A rank finds out in one of three ways, none of which costs a message while all is well:
+1. the fingerprint in the first message of a peer differs from its own call; 2. a peer has waited for `STALL` seconds and
+tells everybody what it waits in, and that differs (two ranks that both wait to receive would never see 1); 3. it
+starts a call for which such a report is already here. It then tells everybody its own call, which makes the others find
+out in the same way, and waits up to `SETTLE` seconds for all calls to be known. So all ranks see the same table of calls
+and raise the same error. The result is told once more, for ranks that have gone on to a later call.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from dtrain.comm.channel import read_note
+from dtrain.comm.record import RING, CallRecord, Recorder
+from dtrain.comm.transports.base import Transport
+from dtrain.errors import CollectiveMismatch, CollectiveTimeout, DistError, PeerLost, from_wire, to_wire
+from dtrain.wire import dumps, loads
+
+__all__ = ["STALL", "Agreement", "Disturbed"]
+
+# Long against any collective that goes well on one host, short against the second within which a mismatch is told.
+STALL = 0.2
+SETTLE = 0.5
+
+
+class Disturbed(Exception):
+    """Call `seq` of this rank is not what another rank called under this number."""
+
+    def __init__(self, seq: int) -> None:
+        super().__init__(seq)
+        self.seq = seq
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a rank called under a sequence number. `told`: by itself, with its last calls."""
+
+    signature: str
+    site: str
+    last: list[str] = field(default_factory=list)
+    told: bool = False
+
+
+class Agreement:
+    """The knowledge of one rank about the calls of the others."""
+
+    def __init__(self, group: str, transport: Transport, recorder: Recorder) -> None:
+        self._group = group
+        self._transport = transport
+        self._recorder = recorder
+        self._lock = threading.Lock()
+        self._reports: defaultdict[int, dict[int, Report]] = defaultdict(dict)  # {seq: {rank: ..}}
+        self._announced: set[int] = set()
+        self._heard: dict[int, int] = {}  # {rank: highest seq it is known to have started}
+        self.told: DistError | None = None  # the failure that another rank told first
+        transport.on_news = self._on_news
+
+    def enter(self, record: CallRecord) -> None:
+        """A call starts; raises `Disturbed` if somebody is known to have called something else."""
+        with self._lock:
+            if not self._reports:
+                return
+            for seq in [s for s in self._reports if s < record.seq - RING]:
+                del self._reports[seq]
+            self._announced = {s for s in self._announced if s >= record.seq - RING}
+            others = self._reports.get(record.seq, {}).values()
+        if any(report.signature != record.signature for report in others):
+            raise Disturbed(record.seq)
+
+    def inspect(self, record: CallRecord, source: int, note: bytes, nbytes: int) -> None:
+        """Compare the fingerprint in the first message of `source` with the call of this rank."""
+        self._heard[source] = max(record.seq, self._heard.get(source, -1))
+        signature, site = read_note(note)
+        if signature != record.signature:
+            with self._lock:
+                self._reports[record.seq].setdefault(source, Report(signature, site))
+            raise Disturbed(record.seq)
+
+    def announce(self, record: CallRecord) -> None:
+        """Tell everybody, once, what this rank called under this number."""
+        with self._lock:
+            if record.seq in self._announced:
+                return
+            self._announced.add(record.seq)
+        last = self._recorder.last()
+        self._tell(["call", record.seq, record.signature, record.site, last])
+
+    def tell_failure(self, error: BaseException) -> None:
+        """Tell everybody why this group has failed."""
+        self._tell(["fail", to_wire(error)])
+
+    def _tell(self, news: list[object]) -> None:
+        body = dumps(news)
+        for peer in range(self._transport.size):
+            if peer == self._transport.rank:
+                continue
+            try:
+                self._transport.tell(peer, body)
+            except PeerLost:
+                continue  # it is about a failure: a rank that is gone needs no telling
+
+    def _on_news(self, source: int, body: bytes) -> None:
+        what, *rest = loads(body)
+        if what == "fail":
+            self.told = self.told or from_wire(rest[0])
+            self._transport.fail(self.told)
+        else:
+            self._hear(source, *rest)
+
+    def _hear(self, source: int, seq: int, signature: str, site: str, last: list[str]) -> None:
+        self._heard[source] = max(seq, self._heard.get(source, -1))
+        with self._lock:
+            self._reports[seq][source] = Report(signature, site, last, told=True)
+        mine = self._recorder.find(seq)
+        if mine is not None and mine.signature != signature:
+            self.announce(mine)
+            self._transport.fail(Disturbed(seq))
+
+    def catch_up(self) -> DistError | None:
+        """The failure that another rank has told, after a look at all news that are here."""
+        self._transport.wait_until(lambda: True, 0.0)
+        return self.told
+
+    def settle(self, seq: int) -> DistError:
+        """The error of a mismatch, once all calls are known; at most `SETTLE` seconds."""
+        mine = self._recorder.find(seq)
+        assert mine is not None
+        self.announce(mine)
+        self._transport.wait_until(lambda: self._known(seq), time.monotonic() + SETTLE)
+        return self.told or self._mismatch(mine)
+
+    def _known(self, seq: int) -> bool:
+        if self.told is not None:
+            return True
+        with self._lock:
+            reports = self._reports[seq].values()
+            return len(reports) == self._transport.size - 1 and all(r.told for r in reports)
+
+    def _mismatch(self, mine: CallRecord) -> CollectiveMismatch:
+        with self._lock:
+            reports = dict(self._reports[mine.seq])
+        reports[self._transport.rank] = Report(mine.signature, mine.site, self._recorder.last())
+        ranks = sorted(reports)
+        one = ranks[0]
+        other = next(r for r in ranks if reports[r].signature != reports[one].signature)
+        lines = [
+            f"group {self._group!r} #{mine.seq}: rank {one} called {reports[one].signature}"
+            f" but rank {other} called {reports[other].signature}.",
+            "All ranks must issue the same collectives in the same order.",
+            *(f"rank {r} called {reports[r].signature} at {reports[r].site}" for r in ranks),
+            *(f"last calls of rank {r}: {'; '.join(reports[r].last)}" for r in (one, other)),
+        ]
+        calls = [[r, reports[r].signature, reports[r].site] for r in ranks]
+        return CollectiveMismatch("\n    ".join(lines), group=self._group, seq=mine.seq, calls=calls)
+
+    def timeout(
+        self, where: str, seq: int | None, rank: int | None, timeout: float
+    ) -> CollectiveTimeout:
+        """The error of a call that waited for `rank` in vain, with what is known about that rank."""
+        peer = "any rank" if rank is None else f"rank {rank}"
+        known = "" if rank is None else f" ({self._whereabouts(rank)})"
+        return CollectiveTimeout(
+            f"{where}: no data from {peer} for {timeout:.1f} s{known}.",
+            group=self._group,
+            seq=seq,
+            rank=rank,
+            timeout=timeout,
+        )
+
+    def _whereabouts(self, rank: int) -> str:
+        seq = self._heard.get(rank)
+        if seq is None:
+            return "it has not been heard from in this group"
+        with self._lock:
+            report = self._reports.get(seq, {}).get(rank)
+        if report is not None:
+            return f"it waits in #{seq} {report.signature} at {report.site}"
+        return f"it last took part in #{seq}"

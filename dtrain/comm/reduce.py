@@ -1,0 +1,146 @@
+"""Reduction operators, and the one function that combines the contributions of all ranks.
+
+Owns: `ReduceOp`, which dtypes each operator allows, the order and the precision of every sum.
+Rules: 1. contributions are combined in rank order, ((c0 + c1) + c2) + ..., so that the bits of a result depend on nothing
+but the values. 2. float16 and bfloat16 are accumulated in float32 and rounded once, at the end. 3. MIN and MAX propagate
+NaN. 4. Integers wrap around; on bool SUM is "or" and PRODUCT is "and". 5. AVG is the sum divided by the number of ranks;
+integers and bool refuse it, as torch's gloo backend does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import ml_dtypes
+import numpy as np
+
+from dtrain.comm.transports.mailbox import Array
+
+__all__ = [
+    "AVG",
+    "BAND",
+    "BOR",
+    "BXOR",
+    "MAX",
+    "MIN",
+    "PREMUL_SUM",
+    "PRODUCT",
+    "SUM",
+    "ReduceOp",
+    "check_op",
+    "combine",
+]
+
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_FLOAT16 = np.dtype(np.float16)
+_FLOAT32 = np.dtype(np.float32)
+
+_UFUNCS: dict[str, np.ufunc] = {
+    "SUM": np.add,
+    "AVG": np.add,
+    "PREMUL_SUM": np.add,
+    "PRODUCT": np.multiply,
+    "MIN": np.minimum,
+    "MAX": np.maximum,
+    "BAND": np.bitwise_and,
+    "BOR": np.bitwise_or,
+    "BXOR": np.bitwise_xor,
+}
+_NOT_COMPLEX = {"PRODUCT", "MIN", "MAX", "BAND", "BOR", "BXOR"}
+_BITWISE = {"BAND", "BOR", "BXOR"}
+
+
+@dataclass(frozen=True, slots=True)
+class ReduceOp:
+    """How contributions are combined. Compare by value; the ready ones are class attributes.
+
+    `ReduceOp.PREMUL_SUM(factor)` multiplies every contribution by `factor` (the same on all ranks) and adds.
+    """
+
+    name: str
+    factor: float | None = None
+
+    SUM: ClassVar[ReduceOp]
+    AVG: ClassVar[ReduceOp]
+    PRODUCT: ClassVar[ReduceOp]
+    MIN: ClassVar[ReduceOp]
+    MAX: ClassVar[ReduceOp]
+    BAND: ClassVar[ReduceOp]
+    BOR: ClassVar[ReduceOp]
+    BXOR: ClassVar[ReduceOp]
+
+    def __post_init__(self) -> None:
+        if self.name not in _UFUNCS:
+            raise ValueError(f"unknown ReduceOp {self.name!r} (known: {', '.join(_UFUNCS)})")
+        if (self.name == "PREMUL_SUM") != (self.factor is not None):
+            raise ValueError("a factor belongs to PREMUL_SUM, and only to it")
+
+    @staticmethod
+    def PREMUL_SUM(factor: float) -> ReduceOp:  # noqa: N802 (torch's name)
+        return ReduceOp("PREMUL_SUM", float(factor))
+
+    def __str__(self) -> str:
+        return self.name if self.factor is None else f"{self.name}({self.factor!r})"
+
+
+for _name in ("SUM", "AVG", "PRODUCT", "MIN", "MAX", "BAND", "BOR", "BXOR"):
+    setattr(ReduceOp, _name, ReduceOp(_name))
+
+SUM, AVG, PRODUCT, MIN, MAX = (
+    ReduceOp.SUM,
+    ReduceOp.AVG,
+    ReduceOp.PRODUCT,
+    ReduceOp.MIN,
+    ReduceOp.MAX,
+)
+BAND, BOR, BXOR = ReduceOp.BAND, ReduceOp.BOR, ReduceOp.BXOR
+PREMUL_SUM = ReduceOp.PREMUL_SUM
+
+
+def check_op(op: ReduceOp, dtype: np.dtype[Any], where: str) -> None:
+    """Raise what torch raises when `op` is not defined on `dtype`; `where` is the collective's name."""
+    integral = dtype.kind in "biu"
+    if dtype.kind == "c" and op.name in _NOT_COMPLEX:
+        raise ValueError(f"{where} does not support ReduceOp.{op} on complex tensors")
+    if op.name in _BITWISE and not integral:
+        raise RuntimeError(f"Cannot use ReduceOp.{op} with non-integral dtype ({dtype.name})")
+    if op.name in ("AVG", "PREMUL_SUM") and integral:
+        raise RuntimeError(
+            f"{where}: result type Float can't be cast to the desired output type {dtype.name};"
+            f" ReduceOp.{op.name} needs a floating dtype: use SUM and divide"
+        )
+
+
+def combine(op: ReduceOp, contributions: Sequence[Array], out: Array) -> None:
+    """Combine one array per rank, in rank order, into `out`; all have the same shape and dtype.
+
+    `out` may be the very memory of one contribution (an all-reduce in place). If that one comes third or later, the
+    first contribution is used as scratch and overwritten: it must then be the caller's to spoil.
+    Each step is one NumPy call with `out=`, which releases the GIL when it is large.
+    """
+    # errstate: overflow and NaN are the user's values, reported by his own code and not by a warning from here.
+    with np.errstate(all="ignore"):
+        if out.dtype == _FLOAT16 or out.dtype == _BFLOAT16:
+            wide = [np.asarray(c, _FLOAT32) for c in contributions]
+            total = np.empty(out.shape, _FLOAT32)
+            _combine(op, wide, total)
+            np.copyto(out, total, casting="same_kind")
+        else:
+            _combine(op, contributions, out)
+
+
+def _combine(op: ReduceOp, contributions: Sequence[Array], out: Array) -> None:
+    ufunc = _UFUNCS[op.name]
+    if op.factor is not None:
+        contributions = [np.multiply(c, out.dtype.type(op.factor)) for c in contributions]
+    total = contributions[0]
+    spoil = any(np.may_share_memory(c, out) for c in contributions[2:])
+    for k, contribution in enumerate(contributions[1:], start=2):
+        target = out if k == len(contributions) or not spoil else contributions[0]
+        total = ufunc(total, contribution, out=target)
+    if total is not out:
+        np.copyto(out, total)
+    if op.name == "AVG":
+        np.divide(out, out.dtype.type(len(contributions)), out=out)

@@ -1,0 +1,222 @@
+"""What a key-value store can do, and the one table of commands behind every kind of it.
+
+Owns: `Store` (the public face) and `Table` (the meaning of each command, without any waiting or I/O).
+Rules: a `Table` method either returns a value or raises `NotYet`; the kinds of store differ only in how they reach the
+table and how they wait. Values are bytes, keys are str, times are seconds as float. Nothing is ever pickled.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from dtrain.errors import DistStoreError, StoreTimeout
+
+__all__ = ["DEFAULT_TIMEOUT", "MUTATING", "NotYet", "Store", "Table", "timed_out"]
+
+DEFAULT_TIMEOUT = 300.0
+
+MUTATING = frozenset({"set", "add", "delete", "compare_set", "join"})
+
+
+class NotYet(Exception):
+    """The command must wait for `keys` (and, in a gather, for `ranks`)."""
+
+    def __init__(self, keys: Iterable[str], ranks: Iterable[int] = ()) -> None:
+        super().__init__()
+        self.keys, self.ranks = list(keys), list(ranks)
+
+
+def timed_out(waiting: NotYet, waited: float) -> StoreTimeout:
+    """The error of a command that waited in vain."""
+    return StoreTimeout(waited, waiting.keys, waiting.ranks)
+
+
+class _Gather:
+    """The rounds of one gather key: `open` is filled by rank, `complete` rounds wait to be collected."""
+
+    __slots__ = ("complete", "number", "open", "size")
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.number = 0
+        self.open: dict[int, bytes] = {}
+        self.complete: dict[int, tuple[list[bytes], set[int]]] = {}
+
+    def join(self, rank: int, value: bytes) -> int:
+        number = self.number
+        self.open[rank] = value
+        if len(self.open) == self.size:
+            self.complete[number] = ([self.open[r] for r in range(self.size)], set())
+            self.open = {}
+            self.number += 1
+        return number
+
+
+class Table:
+    """The keys of one store. `do(command, args)` is the only door; not thread-safe by itself."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, bytes] = {}
+        self._gathers: dict[str, _Gather] = {}
+
+    def do(self, command: str, args: Sequence[Any]) -> Any:
+        """Run one command; raises `NotYet` when it has to wait, `DistStoreError` when it is wrong."""
+        if command not in _COMMANDS:
+            raise DistStoreError(f"unknown store command {command!r}")
+        return getattr(self, f"_{command}")(*args)
+
+    def _set(self, key: str, value: bytes) -> None:
+        self._values[key] = value
+
+    def _get(self, key: str) -> bytes:
+        self._wait([key])
+        return self._values[key]
+
+    def _add(self, key: str, amount: int) -> int:
+        try:
+            total = int(self._values.get(key, b"0")) + amount
+        except ValueError:
+            raise DistStoreError(f"add: the value of key {key!r} is not a number") from None
+        self._values[key] = str(total).encode()
+        return total
+
+    def _check(self, keys: list[str]) -> bool:
+        return all(key in self._values for key in keys)
+
+    def _wait(self, keys: list[str]) -> None:
+        missing = [key for key in keys if key not in self._values]
+        if missing:
+            raise NotYet(missing)
+
+    def _delete(self, key: str) -> bool:
+        return self._values.pop(key, None) is not None
+
+    def _compare_set(self, key: str, expected: bytes, desired: bytes) -> bytes:
+        current = self._values.get(key)
+        if current == expected or (current is None and not expected):
+            self._values[key] = desired
+            return desired
+        return expected if current is None else current
+
+    def _num_keys(self) -> int:
+        return len(self._values)
+
+    def _join(self, key: str, rank: int, size: int, value: bytes) -> int:
+        """Put one rank's value into the open round of a gather; returns the number of that round."""
+        gather = self._gathers.setdefault(key, _Gather(size))
+        if gather.size != size:
+            raise DistStoreError(
+                f"gather {key!r}: rank {rank} expects {size} ranks, others expect {gather.size}"
+            )
+        if rank in gather.open:
+            raise DistStoreError(
+                f"gather {key!r}: rank {rank} has already joined: two processes have the same rank,"
+                " or the store is left over from an earlier run (give each run its own)"
+            )
+        return gather.join(rank, value)
+
+    def _collect(self, key: str, number: int, rank: int) -> list[bytes]:
+        """The values of a complete round; forgotten once every rank has collected them."""
+        gather = self._gathers[key]
+        if number not in gather.complete:
+            raise NotYet([key], [r for r in range(gather.size) if r not in gather.open])
+        values, served = gather.complete[number]
+        served.add(rank)
+        if len(served) == gather.size:
+            del gather.complete[number]
+        return values
+
+
+_COMMANDS = MUTATING | {"get", "check", "wait", "num_keys", "collect"}
+
+
+def _as_bytes(value: bytes | str) -> bytes:
+    return value.encode() if isinstance(value, str) else bytes(value)
+
+
+class Store(ABC):
+    """A key-value store shared by the ranks of a job; safe to use from several threads.
+
+    Calls that wait (`get`, `wait`, `gather`) take `timeout` in seconds, `None` meaning the store's own `timeout`, and
+    raise `StoreTimeout` naming the missing keys (and ranks) when it has passed. All other failures are
+    `DistStoreError`. Names and meanings follow torch.distributed.Store.
+    """
+
+    def __init__(self, timeout: float = DEFAULT_TIMEOUT) -> None:
+        self.timeout = float(timeout)
+
+    @abstractmethod
+    def _call(self, command: str, args: list[Any], timeout: float) -> Any:
+        """Run `command` against the table, waiting at most `timeout` seconds for it to be possible."""
+
+    @abstractmethod
+    def _gather(self, key: str, rank: int, size: int, value: bytes, timeout: float) -> list[bytes]:
+        """Join a round of the gather, wait until it is complete, collect it."""
+
+    def set(self, key: str, value: bytes | str) -> None:
+        """Store `value` under `key`, replacing what is there."""
+        self._call("set", [key, _as_bytes(value)], self.timeout)
+
+    def get(self, key: str, timeout: float | None = None) -> bytes:
+        """The value of `key`; waits until there is one."""
+        return bytes(self._call("get", [key], self._patience(timeout)))
+
+    def add(self, key: str, amount: int) -> int:
+        """Add to the counter `key` (0 when it is new) and return its new value; kept as decimal text."""
+        return int(self._call("add", [key, int(amount)], self.timeout))
+
+    def check(self, keys: Iterable[str]) -> bool:
+        """Whether all `keys` exist now."""
+        return bool(self._call("check", [list(keys)], self.timeout))
+
+    def wait(self, keys: Iterable[str], timeout: float | None = None) -> None:
+        """Wait until all `keys` exist."""
+        self._call("wait", [list(keys)], self._patience(timeout))
+
+    def delete(self, key: str) -> bool:
+        """Remove `key`; whether it was there."""
+        return bool(self._call("delete", [key], self.timeout))
+
+    def compare_set(self, key: str, expected: bytes | str, desired: bytes | str) -> bytes:
+        """Set `key` to `desired` if its value is `expected` (or it is absent and `expected` is empty).
+
+        Returns the value after the call; for an absent key that was not set, `expected`, as torch does.
+        """
+        args = [key, _as_bytes(expected), _as_bytes(desired)]
+        return bytes(self._call("compare_set", args, self.timeout))
+
+    def num_keys(self) -> int:
+        """How many keys there are; gathers are not keys."""
+        return int(self._call("num_keys", [], self.timeout))
+
+    def gather(
+        self, key: str, rank: int, size: int, value: bytes, timeout: float | None = None
+    ) -> list[bytes]:
+        """Give `value` and get the values of all `size` ranks, in rank order: one round trip per rank.
+
+        The n-th call with the same key is the n-th round. Raises `StoreTimeout` whose `ranks` are those that did not
+        come, `DistStoreError` when a rank joins a round twice or the ranks disagree about `size`.
+        """
+        if not 0 <= rank < size:
+            raise ValueError(f"gather {key!r}: rank {rank} is not in range({size})")
+        return self._gather(key, rank, size, bytes(value), self._patience(timeout))
+
+    def close(self) -> None:
+        """Give back sockets, threads and files; idempotent."""
+
+    def _patience(self, timeout: float | None) -> float:
+        return self.timeout if timeout is None else float(timeout)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

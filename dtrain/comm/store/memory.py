@@ -1,0 +1,38 @@
+"""A store inside one process, for ranks that are threads (torch calls it HashStore)."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+from dtrain.comm.store.base import DEFAULT_TIMEOUT, MUTATING, NotYet, Store, Table, timed_out
+
+__all__ = ["MemoryStore"]
+
+
+class MemoryStore(Store):
+    """A table behind a condition variable; waiting calls block in it."""
+
+    def __init__(self, timeout: float = DEFAULT_TIMEOUT) -> None:
+        super().__init__(timeout)
+        self._table = Table()
+        self._changed = threading.Condition()
+
+    def _call(self, command: str, args: list[Any], timeout: float) -> Any:
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            while True:
+                try:
+                    result = self._table.do(command, args)
+                except NotYet as waiting:
+                    if not self._changed.wait(deadline - time.monotonic()):
+                        raise timed_out(waiting, timeout) from None
+                else:
+                    if command in MUTATING:
+                        self._changed.notify_all()
+                    return result
+
+    def _gather(self, key: str, rank: int, size: int, value: bytes, timeout: float) -> list[bytes]:
+        number = self._call("join", [key, rank, size, value], timeout)
+        return list(self._call("collect", [key, number, rank], timeout))

@@ -1,0 +1,88 @@
+"""Ranks as threads of one process: a message is written straight into the mailbox of its receiver.
+
+Owns: the table of the endpoints that live in this process. A real transport with the rules of all the others (deaths,
+goodbyes, counting); most tests run on it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import time
+import weakref
+
+from dtrain.comm.store.base import Store
+from dtrain.comm.transports.base import Transport, rendezvous
+from dtrain.comm.transports.mailbox import Array, as_bytes
+from dtrain.errors import DistNetworkError, PeerLost
+
+__all__ = ["LocalTransport"]
+
+_endpoints: weakref.WeakValueDictionary[str, LocalTransport] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+class LocalTransport(Transport):
+    """One thread rank's end of a group inside this process."""
+
+    name = "local"
+
+    def __init__(self, store: Store, rank: int, size: int, timeout: float) -> None:
+        super().__init__(rank, size)
+        address = str(next(_numbers))
+        _endpoints[address] = self
+        peers = rendezvous(store, rank, size, address, timeout)
+        strangers = [r for r, peer in enumerate(peers) if peer.pid != os.getpid()]
+        if strangers:
+            raise DistNetworkError(
+                f"transport 'local' joins threads of one process, but ranks {strangers} live in"
+                " other processes; use 'zmq'"
+            )
+        self._peers = [_endpoints[peer.address] for peer in peers]
+        # One lock per destination: a message is written in two steps that must not mix with another's.
+        self._order = [threading.Lock() for _ in peers]
+
+    def _send(self, dst: int, tag: int, buf: Array, note: bytes) -> None:
+        self._check_alive(dst)
+        box = self._peers[dst].mailbox
+        with self._order[dst]:
+            box.begin(self.rank, tag, note, buf.nbytes)
+            if buf.nbytes:
+                box.write(self.rank, as_bytes(buf), buf.nbytes, owned=False)
+
+    def _tell(self, dst: int, body: bytes) -> None:
+        self._check_alive(dst)
+        self._peers[dst].mailbox.add_news(self.rank, body)
+
+    def _check_alive(self, dst: int) -> None:
+        if dst in self.mailbox.lost:
+            raise self.mailbox.lost[dst].copy()
+
+    def _advance(self, version: int, deadline: float) -> None:
+        box = self.mailbox
+        with box.changed:
+            box.changed.wait_for(
+                lambda: box.version != version, max(0.0, deadline - time.monotonic())
+            )
+
+    def flush(self, deadline: float) -> None:
+        """Nothing to wait for: `send` has already copied."""
+        self.check_usable()
+
+    def close(self, timeout: float = 1.0) -> None:
+        self._leave(orderly=True)
+
+    def abandon(self) -> None:
+        self._leave(orderly=False)
+
+    def _leave(self, *, orderly: bool) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        gone = PeerLost(self.rank, orderly=orderly)
+        for peer in self._peers:
+            if peer is not self:
+                peer.mailbox.lose(self.rank, gone)
+        self.mailbox.fail(gone)
+        self._peers = []

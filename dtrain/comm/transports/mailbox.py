@@ -1,0 +1,241 @@
+"""Where the messages of one rank meet the receives that wait for them.
+
+Owns: matching by (source, tag), in order of arrival and of posting; what happens to receives when a peer or the whole
+transport fails. Used by every transport, knows none of them.
+Rules: 1. everything changes under `changed` (one condition variable) and moves `version` on.
+2. A receive that is posted before its message comes is written straight into its destination.
+3. Messages that have arrived can be received even after their sender is gone.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dtrain.errors import DistBackendError, DistError, PeerLost
+
+__all__ = ["ANY_SOURCE", "Accept", "Array", "Incoming", "Mailbox", "Receive", "as_bytes"]
+
+Array = npt.NDArray[Any]
+
+ANY_SOURCE = -1
+
+# accept(source, note, nbytes) raises when the message does not fit the receive
+Accept = Callable[[int, bytes, int], None]
+
+
+def as_bytes(array: Array) -> npt.NDArray[np.uint8]:
+    """The memory of a C-contiguous array as flat bytes; no copy."""
+    return array.reshape(-1).view(np.uint8)
+
+
+class Receive:
+    """One posted receive. `done` may be read at any time; `source` and `error` once it is done."""
+
+    __slots__ = ("accept", "done", "error", "out", "source", "src", "tag")
+
+    def __init__(self, src: int, tag: int, out: Array, accept: Accept | None) -> None:
+        self.src, self.tag = src, tag
+        self.out = as_bytes(out)
+        self.accept = accept
+        self.source = src
+        self.done = False
+        self.error: BaseException | None = None
+
+    def finish(self, error: BaseException | None = None) -> None:
+        self.error = error
+        self.done = True
+
+    def admit(self, source: int, note: bytes, nbytes: int) -> None:
+        """Refuse a message that does not fit, before one byte of it is written."""
+        if self.accept is not None:
+            self.accept(source, note, nbytes)
+        if nbytes != self.out.nbytes:
+            raise DistBackendError(
+                f"rank {source} sent {nbytes} bytes where {self.out.nbytes} are expected"
+            )
+
+
+class Incoming:
+    """One message on its way in, perhaps in several chunks."""
+
+    __slots__ = ("arrival", "chunks", "got", "nbytes", "note", "receive", "refused", "src")
+
+    def __init__(self, src: int, note: bytes, nbytes: int, arrival: int) -> None:
+        self.src, self.note, self.nbytes, self.arrival = src, note, nbytes, arrival
+        self.got = 0
+        self.chunks: list[Any] = []  # what came before a receive was posted
+        self.receive: Receive | None = None
+        self.refused = False
+
+    def attach(self, receive: Receive) -> None:
+        receive.source = self.src
+        try:
+            receive.admit(self.src, self.note, self.nbytes)
+        except BaseException as error:
+            self.refused = True
+            receive.finish(error)
+        else:
+            self.receive = receive
+            self.got, waiting = 0, self.chunks
+            for chunk in waiting:
+                self._copy(chunk)
+        self.chunks = []
+        self._settle()
+
+    def write(self, chunk: Any, nbytes: int) -> None:
+        if self.receive is not None:
+            self._copy(chunk)
+        else:
+            self.got += nbytes
+            if not self.refused:
+                self.chunks.append(chunk)
+        self._settle()
+
+    def _copy(self, chunk: Any) -> None:
+        data = np.frombuffer(chunk, np.uint8)
+        assert self.receive is not None
+        self.receive.out[self.got : self.got + data.size] = data
+        self.got += data.size
+
+    def _settle(self) -> None:
+        if self.got == self.nbytes and self.receive is not None:
+            self.receive.finish()
+
+
+class Mailbox:
+    """The receiving end of one rank: posted receives, messages that came early, news, failures."""
+
+    def __init__(self, size: int) -> None:
+        self.changed = threading.Condition()
+        self.version = 0
+        self.size = size
+        self.failure: BaseException | None = None  # the reason why nothing is received any more
+        self.lost: dict[int, PeerLost] = {}
+        self._posted: dict[int, list[Receive]] = {}  # {tag: receives in order of posting}
+        self._early: dict[tuple[int, int], deque[Incoming]] = {}  # {(source, tag): no receive yet}
+        self._arriving: dict[int, Incoming] = {}  # {source: message whose last chunk is not here}
+        self._news: deque[tuple[int, bytes]] = deque()
+        self._arrivals = 0
+
+    def _moved(self) -> None:
+        self.version += 1
+        self.changed.notify_all()
+
+    def post(self, receive: Receive) -> None:
+        """Match `receive` with a message that is here, or keep it for one to come."""
+        with self.changed:
+            incoming = self._take_early(receive.src, receive.tag)
+            if incoming is not None:
+                incoming.attach(receive)
+            elif (error := self._why_not(receive.src)) is not None:
+                receive.finish(error)
+            else:
+                self._posted.setdefault(receive.tag, []).append(receive)
+
+    def _why_not(self, src: int) -> BaseException | None:
+        if self.failure is not None or src != ANY_SOURCE:
+            return self.failure or self.lost.get(src)
+        # A receive from anybody is hopeless once somebody died, or once everybody else has left.
+        died = next((loss for loss in self.lost.values() if not loss.orderly), None)
+        alone = len(self.lost) >= self.size - 1
+        return died or (next(iter(self.lost.values()), None) if alone else None)
+
+    def _take_early(self, src: int, tag: int) -> Incoming | None:
+        if not self._early:
+            return None
+        if src == ANY_SOURCE:
+            firsts = [(q[0].arrival, s) for (s, t), q in self._early.items() if t == tag]
+            if not firsts:
+                return None
+            src = min(firsts)[1]
+        queue = self._early.get((src, tag))
+        if queue is None:
+            return None
+        incoming = queue.popleft()
+        if not queue:
+            del self._early[src, tag]
+        return incoming
+
+    def begin(self, src: int, tag: int, note: bytes, nbytes: int) -> None:
+        """A message of `nbytes` starts to arrive from `src`; its bytes follow by `write`."""
+        with self.changed:
+            self._arrivals += 1
+            incoming = Incoming(src, note, nbytes, self._arrivals)
+            posted = self._posted.get(tag, [])
+            for i, receive in enumerate(posted):
+                if receive.src in (src, ANY_SOURCE):
+                    del posted[i]
+                    if not posted:
+                        del self._posted[tag]
+                    incoming.attach(receive)
+                    break
+            else:
+                self._early.setdefault((src, tag), deque()).append(incoming)
+            if nbytes:
+                self._arriving[src] = incoming
+            self._moved()
+
+    def write(self, src: int, chunk: Any, nbytes: int, *, owned: bool = True) -> None:
+        """The next bytes of the message arriving from `src`; kept by reference if `owned`."""
+        with self.changed:
+            incoming = self._arriving.get(src)
+            if incoming is None:  # lost in the middle of its message
+                return
+            if incoming.receive is None and not owned:
+                chunk = bytes(chunk)
+            incoming.write(chunk, nbytes)
+            if incoming.got >= incoming.nbytes:
+                del self._arriving[src]
+            self._moved()
+
+    def add_news(self, src: int, body: bytes) -> None:
+        """A message for the group rather than for a receive."""
+        with self.changed:
+            self._news.append((src, body))
+            self._moved()
+
+    def take_news(self) -> tuple[int, bytes] | None:
+        with self.changed:
+            return self._news.popleft() if self._news else None
+
+    def lose(self, src: int, loss: PeerLost) -> None:
+        """`src` is gone: receives from it fail. The first loss of a peer is the one that counts."""
+        with self.changed:
+            if src in self.lost:
+                return
+            self.lost[src] = loss
+            arriving = self._arriving.pop(src, None)
+            if arriving is not None and arriving.receive is not None:
+                arriving.receive.finish(loss)
+            self._fail_posted(lambda receive: self._why_not(receive.src))
+            self._moved()
+
+    def fail(self, error: BaseException) -> None:
+        """Every receive, now and later, fails with `error`; nothing is written to their arrays any more."""
+        with self.changed:
+            self.failure = error
+            for incoming in self._arriving.values():
+                if incoming.receive is not None:
+                    incoming.receive.finish(error)
+                    incoming.receive, incoming.refused = None, True
+            self._fail_posted(lambda receive: error)
+            self._moved()
+
+    def _fail_posted(self, reason: Callable[[Receive], BaseException | None]) -> None:
+        for tag, posted in list(self._posted.items()):
+            kept = []
+            for receive in posted:
+                error = reason(receive)
+                if error is None:
+                    kept.append(receive)
+                else:
+                    receive.finish(error if not isinstance(error, DistError) else error.copy())
+            self._posted[tag] = kept
+            if not kept:
+                del self._posted[tag]

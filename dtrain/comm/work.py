@@ -1,0 +1,182 @@
+"""Handles of what is not finished yet: `Future` (torch.futures) and `Work` (torch.distributed).
+
+Rules: completed once, by one thread; waiting never spins; a callback runs in the thread that completes, or at once in
+the caller when it is already complete.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+from dtrain.comm.transports.mailbox import Array
+from dtrain.errors import CollectiveTimeout
+
+__all__ = ["Future", "Work"]
+
+T = TypeVar("T")
+S = TypeVar("S")
+
+_log = logging.getLogger("dtrain.comm")
+
+
+class Future(Generic[T]):
+    """A value that comes later (torch.futures.Future).
+
+    `drive(timeout)` is for values that only come while somebody waits for them: it is called by those who wait.
+    """
+
+    def __init__(self, drive: Callable[[float | None], None] | None = None) -> None:
+        self._drive = drive
+        self._changed = threading.Condition()
+        self._done = False
+        self._value: T | None = None
+        self._error: BaseException | None = None
+        self._callbacks: list[Callable[[Future[T]], None]] = []
+
+    def done(self) -> bool:
+        """Whether there is a value or an error."""
+        if self._drive is not None and not self._done:
+            self._drive(0.0)
+        return self._done
+
+    def wait(self, timeout: float | None = None) -> T:
+        """The value; blocks until it is there. Raises the error, or TimeoutError after `timeout` seconds."""
+        if self._drive is not None and not self._done:
+            self._drive(timeout)
+            timeout = 0.0
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._done, timeout):
+                raise TimeoutError(f"the future is not complete after {timeout} s")
+        return self.value()
+
+    def value(self) -> T:
+        """The value of a complete future; raises its error, or RuntimeError when it is not complete."""
+        if not self._done:
+            raise RuntimeError("Future.value() called before the future is complete; use wait()")
+        if self._error is not None:
+            raise self._error
+        return self._value  # type: ignore[return-value]
+
+    def exception(self) -> BaseException | None:
+        """The error of a future that failed, None otherwise."""
+        return self._error
+
+    def set_result(self, result: T) -> None:
+        """Complete with a value and run the callbacks."""
+        self._complete(result, None)
+
+    def set_exception(self, error: BaseException) -> None:
+        """Complete with an error and run the callbacks."""
+        self._complete(None, error)
+
+    def _complete(self, value: T | None, error: BaseException | None) -> None:
+        with self._changed:
+            if self._done:
+                raise RuntimeError("the future is already complete: it can be completed once")
+            self._value, self._error, self._done = value, error, True
+            callbacks, self._callbacks = self._callbacks, []
+            self._changed.notify_all()
+        for callback in callbacks:
+            self._run(callback)
+
+    def add_done_callback(self, callback: Callable[[Future[T]], None]) -> None:
+        """Call `callback(self)` on completion. What it raises is logged, as in torch: nobody else can take it."""
+        with self._changed:
+            if not self._done:
+                self._callbacks.append(callback)
+                return
+        self._run(callback)
+
+    def _run(self, callback: Callable[[Future[T]], None]) -> None:
+        try:
+            callback(self)
+        except Exception:
+            _log.exception("a done-callback of a future failed")
+
+    def then(self, callback: Callable[[Future[T]], S]) -> Future[S]:
+        """A future of `callback(self)`; it fails with what the callback raises."""
+        result: Future[S] = Future()
+
+        def run(future: Future[T]) -> None:
+            try:
+                value = callback(future)
+            except BaseException as error:
+                result.set_exception(error)
+            else:
+                result.set_result(value)
+
+        self.add_done_callback(run)
+        return result
+
+
+class Work:
+    """One submitted call. Returned by `ProcessGroup.submit`; complete it with `wait`."""
+
+    def __init__(
+        self,
+        what: str,
+        output: Array | None,
+        drive: Callable[[float | None], None] | None = None,
+    ) -> None:
+        self.what = what
+        self._output = output
+        # Point-to-point calls move on while somebody waits for them.
+        self._future: Future[Array | None] = Future(drive)
+        self._source: int | None = None
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block until the call is complete; True, or its error.
+
+        `timeout` (seconds) bounds this wait alone: when it passes, `CollectiveTimeout` is raised and the call goes on.
+        Without it the timeout of the call itself bounds the wait.
+        """
+        try:
+            self._future.wait(timeout)
+        except TimeoutError:
+            if self._future.exception() is not None:
+                raise
+            raise CollectiveTimeout(
+                f"{self.what} is still running after a wait of {timeout} s",
+                rank=None,
+                timeout=timeout,
+            ) from None
+        return True
+
+    def is_completed(self) -> bool:
+        """Whether it has finished, well or not; does not block."""
+        return self._future.done()
+
+    def is_success(self) -> bool:
+        """Whether it has finished well."""
+        return self.is_completed() and self._future.exception() is None
+
+    def exception(self) -> BaseException | None:
+        """Why it failed, or None."""
+        return self._future.exception()
+
+    def result(self) -> Array | None:
+        """The array that the call left its result in (None where it has none); waits."""
+        self.wait()
+        return self._output
+
+    def source_rank(self) -> int:
+        """Where a receive came from; waits."""
+        self.wait()
+        if self._source is None:
+            raise RuntimeError(f"{self.what} has no source rank: only a receive has")
+        return self._source
+
+    def get_future(self) -> Future[Array | None]:
+        """A future of `result()`."""
+        return self._future
+
+    def finish(self, error: BaseException | None = None, source: int | None = None) -> None:
+        """Complete the work; for the group alone."""
+        self._source = source
+        if error is not None:
+            self._future.set_exception(error)
+        else:
+            self._future.set_result(self._output)
