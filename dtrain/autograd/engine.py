@@ -1,0 +1,327 @@
+"""Backward: walk the recorded graph once, newest node first, and deliver gradients.
+
+Rules:
+1. A node runs after everything that used its result: nodes are numbered as they are made, so
+   descending numbers are a topological order.
+2. A leaf's gradient is complete when all its uses in this pass have been heard; then its hooks
+   run, it is accumulated into `.grad`, and the post-accumulate hooks run (DDP and FSDP live there).
+3. Without `create_graph` everything is arrays; with it, gradients are Tensors and rules record.
+4. Callbacks queued during a pass run at its end, in order, when all gradients are in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from operator import attrgetter
+from typing import Any
+
+import numpy as np
+
+from dtrain.autograd.grad_mode import grad_enabled
+from dtrain.autograd.op import ALIAS, FREED, SELECT, Node, check_saved, make
+from dtrain.autograd.value import Value
+
+_by_seq = attrgetter("seq")
+_callbacks: ContextVar[list[Callable[[], None]] | None] = ContextVar("callbacks", default=None)
+
+
+def queue_callback(function: Callable[[], None]) -> None:
+    """Run `function` at the end of the backward pass that is running in this thread."""
+    queue = _callbacks.get()
+    if queue is None:
+        raise RuntimeError("Final callbacks can only be installed during backward pass.")
+    queue.append(function)
+
+
+def reachable(roots: Sequence[Any]) -> tuple[list[Node], dict[Any, int]]:
+    """The nodes above `roots`, newest first, and how often each leaf is used by them."""
+    uses: dict[Any, int] = {}
+    seen: set[Node] = set()
+    stack: list[Node] = []
+    for root in roots:
+        if root.__class__ is not Node:
+            uses[root] = uses.get(root, 0) + 1
+        elif root not in seen:
+            seen.add(root)
+            stack.append(root)
+    while stack:
+        for edge in stack.pop().edges:
+            if edge is None:
+                continue
+            if edge.__class__ is not Node:
+                uses[edge] = uses.get(edge, 0) + 1
+            elif edge not in seen:
+                seen.add(edge)
+                stack.append(edge)
+    return sorted(seen, key=_by_seq, reverse=True), uses
+
+
+class Pass:
+    """One backward pass: the gradients in flight and where they are to arrive.
+
+    `wanted` maps the nodes and leaves asked for by `grad(...)` to their places in `found`; None
+    means that every leaf accumulates into its own `.grad`.
+    """
+
+    def __init__(
+        self, create_graph: bool, retain_graph: bool, wanted: dict[Any, list[int]] | None
+    ) -> None:
+        self.create_graph = create_graph
+        self.retain_graph = retain_graph
+        self.wanted = wanted
+        self.found: dict[int, Any] = {}
+        self.grads: dict[Any, Any] = {}  # {Node or leaf: gradient so far}
+        self.uses: dict[Any, int] = {}  # {leaf: contributions still to come}
+
+    def run(self, roots: Sequence[Any], grads: Sequence[Any]) -> None:
+        order, self.uses = reachable(roots)
+        useful = None if self.wanted is None else self.useful_nodes(order)
+        for root, grad in zip(roots, grads, strict=True):
+            self.deliver(root, grad, False)
+        pending = self.grads
+        for node in order:
+            grad = pending.pop(node, None)
+            if grad is None:
+                if self.wanted is None:
+                    self.skip(node)
+                continue
+            if node.hooks is not None:
+                grad = run_hooks(node.hooks, grad, self.create_graph)
+            if self.wanted is not None:
+                self.collect(node, grad)
+                if node not in useful:  # type: ignore[operator]
+                    continue
+            self.step(node, grad)
+
+    def useful_nodes(self, order: list[Node]) -> set[Node]:
+        """Nodes on a path to something wanted; the others need not run."""
+        useful: set[Node] = set()
+        for node in reversed(order):
+            if any(e in self.wanted or e in useful for e in node.edges if e is not None):  # type: ignore[operator]
+                useful.add(node)
+        return useful
+
+    def collect(self, place: Any, grad: Any) -> None:
+        for index in self.wanted.get(place, ()):  # type: ignore[union-attr]
+            self.found[index] = grad
+
+    def step(self, node: Node, grad: Any) -> None:
+        """Run one node's rule and pass its results on."""
+        if node.op is SELECT:
+            self.place_in_list(node, grad)
+            return
+        if self.create_graph and node.op.composite is not None:
+            grads = differentiate_composite(node, grad)
+        else:
+            grads = node.op.backward(node, grad, self.create_graph)
+        edges = node.edges
+        if not self.retain_graph and node.saved is not FREED and (node.saved or node.out):
+            node.saved, node.out, node.aux = FREED, None, None
+        pending = self.grads
+        for edge, g in zip(edges, grads, strict=True):
+            if edge is None:
+                continue
+            if edge.__class__ is Node:
+                if g is not None:
+                    before = pending.get(edge)
+                    pending[edge] = g if before is None else before + g
+            else:
+                self.deliver(edge, g, g is not grad and node.op.fresh)
+
+    def place_in_list(self, node: Node, grad: Any) -> None:
+        whole = node.edges[0]
+        grads = self.grads.setdefault(whole, [None] * node.total)
+        grads[node.index] = grad
+
+    def skip(self, node: Node) -> None:
+        """No gradient reached this node: its leaves need not wait for it."""
+        for edge in node.edges:
+            if edge is not None and edge.__class__ is not Node:
+                self.deliver(edge, None, False)
+
+    def deliver(self, edge: Any, grad: Any, owned: bool) -> None:
+        """A contribution (None: there is none) reaches a node or a leaf."""
+        before = self.grads.get(edge)
+        if before is not None:
+            grad, owned = (before, False) if grad is None else (before + grad, True)
+        if edge.__class__ is not Node:
+            self.uses[edge] -= 1
+            if not self.uses[edge] and grad is not None:
+                self.grads.pop(edge, None)
+                self.finish_leaf(edge, grad, owned)
+                return
+        if grad is not None:
+            self.grads[edge] = grad
+
+    def finish_leaf(self, leaf: Any, grad: Any, owned: bool) -> None:
+        if leaf._hooks:
+            grad, owned = run_hooks(leaf._hooks, grad, self.create_graph), False
+        if self.wanted is not None:
+            self.collect(leaf, grad)
+            return
+        if self.create_graph:
+            leaf._grad = grad if leaf._grad is None else leaf._grad + grad
+        else:
+            accumulate(leaf, grad, owned)
+        if leaf._post_accumulate:
+            for hook in tuple(leaf._post_accumulate.values()):
+                hook(leaf)
+
+
+def accumulate(leaf: Any, grad: Any, owned: bool) -> None:
+    """Add an array to `leaf.grad`, in place when there is one.
+
+    The first one is kept as it is when nobody else has it (`owned`), else copied.
+    """
+    data = leaf._data
+    if grad.__class__ is not np.ndarray or grad.dtype != data.dtype:
+        grad = np.asarray(grad, dtype=data.dtype)
+        owned = True
+    if grad.shape != data.shape:
+        raise RuntimeError(
+            f"the gradient of a leaf has shape {list(grad.shape)}, the leaf {list(data.shape)}"
+        )
+    present = leaf._grad
+    if present is None:
+        keep = owned and grad.base is None and grad.flags.writeable
+        leaf._grad = make(grad if keep else grad.copy())
+    elif present._requires_grad:
+        leaf._grad = make(present._data + grad)
+    else:
+        np.add(present._data, grad, out=present._data)
+        if present._version is not None:
+            present._version.count += 1
+
+
+def run_hooks(hooks: dict[int, Callable[..., Any]], grad: Any, create_graph: bool) -> Any:
+    """Let hooks see (as a Tensor) and replace a gradient."""
+    for hook in tuple(hooks.values()):
+        boxed = grad if isinstance(grad, Value) else make(np.asarray(grad))
+        with_grad = grad_enabled.set(create_graph)
+        try:
+            replaced = hook(boxed)
+        finally:
+            grad_enabled.reset(with_grad)
+        if replaced is not None:
+            grad = replaced if create_graph else replaced._data
+    return grad
+
+
+def differentiate_composite(node: Node, grad: Any) -> tuple[Any, ...]:
+    """Gradients of a fused op as Tensors, by differentiating its composite.
+
+    The inputs are aliased so that the inner pass stops at them even where one was computed from
+    another.
+    """
+    op = node.op
+    check_saved(node)
+    aliases = [
+        ALIAS(v) if edge is not None else v
+        for v, edge in zip(node.saved[: len(node.edges)], node.edges, strict=True)
+    ]
+    result = op.composite(*aliases, **node.__dict__)
+    wanted = [i for i, edge in enumerate(node.edges) if edge is not None]
+    found = grad_of([result], [aliases[i] for i in wanted], [grad], True, True, True)
+    grads: list[Any] = [None] * len(node.edges)
+    for i, value in zip(wanted, found, strict=True):
+        grads[i] = value
+    return tuple(grads)
+
+
+def execute(work: Pass, roots: Sequence[Any], grads: Sequence[Any]) -> None:
+    """Run a pass with its callbacks and the grad mode it needs."""
+    outer = _callbacks.get()
+    queue: list[Callable[[], None]] = []
+    mode = grad_enabled.set(work.create_graph)
+    token = _callbacks.set(queue)
+    try:
+        work.run(roots, grads)
+        for callback in queue:  # a callback may queue another
+            callback()
+    finally:
+        _callbacks.reset(token)
+        grad_enabled.reset(mode)
+    assert _callbacks.get() is outer
+
+
+def initial_grad(root: Any, grad: Any, create_graph: bool) -> Any:
+    """The gradient a pass starts with: given, or 1 for a scalar root."""
+    data = root._data
+    if grad is None:
+        if data.size != 1:
+            raise RuntimeError("grad can be implicitly created only for scalar outputs")
+        grad = make(np.ones(data.shape, data.dtype))
+    if not isinstance(grad, Value):
+        raise TypeError(f"gradients can be either Tensors, or None, but got {type(grad).__name__}")
+    if grad._data.shape != data.shape:
+        raise RuntimeError(
+            f"Mismatch in shape: grad_output has a shape of {list(grad._data.shape)} and output "
+            f"has a shape of {list(data.shape)}."
+        )
+    return grad if create_graph else grad._data
+
+
+def start(
+    roots: Sequence[Any], grads: Sequence[Any], create_graph: bool
+) -> tuple[list[Any], list[Any]]:
+    edges = []
+    for i, root in enumerate(roots):
+        if not root._requires_grad:
+            raise RuntimeError(
+                f"element {i} of tensors does not require grad and does not have a grad_fn"
+            )
+        if root._base is not None:
+            root._refresh_view()
+        edges.append(root._node or root)
+    return edges, [initial_grad(r, g, create_graph) for r, g in zip(roots, grads, strict=True)]
+
+
+def backward(
+    roots: Sequence[Any],
+    grads: Sequence[Any],
+    retain_graph: bool,
+    create_graph: bool,
+    inputs: Sequence[Any] | None = None,
+) -> None:
+    """Accumulate gradients of `roots` into the leaves (or only into `inputs`)."""
+    if inputs is not None:
+        found = grad_of(roots, inputs, grads, retain_graph, create_graph, True)
+        for tensor, grad in zip(inputs, found, strict=True):
+            if grad is not None:
+                present = tensor._grad
+                tensor._grad = grad if present is None else present + grad
+        return
+    edges, first = start(roots, grads, create_graph)
+    execute(Pass(create_graph, retain_graph, None), edges, first)
+
+
+def grad_of(
+    roots: Sequence[Any],
+    inputs: Sequence[Any],
+    grads: Sequence[Any],
+    retain_graph: bool,
+    create_graph: bool,
+    allow_unused: bool,
+) -> list[Any]:
+    """Gradients of `roots` with respect to `inputs`, as Tensors; None where unused."""
+    edges, first = start(roots, grads, create_graph)
+    wanted: dict[Any, list[int]] = {}
+    for i, tensor in enumerate(inputs):
+        if not tensor._requires_grad:
+            raise RuntimeError("One of the differentiated Tensors does not require grad")
+        if tensor._base is not None:
+            tensor._refresh_view()
+        wanted.setdefault(tensor._node or tensor, []).append(i)
+    work = Pass(create_graph, retain_graph, wanted)
+    execute(work, edges, first)
+    results = [work.found.get(i) for i in range(len(inputs))]
+    if not allow_unused and any(r is None for r in results):
+        raise RuntimeError(
+            f"One of the differentiated Tensors (number {results.index(None)}) appears to not "
+            "have been used in the graph. Set allow_unused=True if this is the desired behavior."
+        )
+    return [
+        r if r is None or isinstance(r, Value) else make(np.array(r, dtype=t._data.dtype))
+        for r, t in zip(results, inputs, strict=True)
+    ]

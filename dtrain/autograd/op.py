@@ -1,0 +1,479 @@
+"""Operations: one `define(...)` says what an op computes, its gradient and what it keeps for it.
+
+Rules:
+1. An op called on plain arrays is its forward function. Called on Tensors it computes on their
+   arrays and, when a graph is being recorded, leaves one Node behind.
+2. Inputs (arrays) are positional, attributes (axes, flags) are keyword-only and become attributes
+   of the node. Nothing is kept for backward unless named in `saves` or `aux`.
+3. A gradient rule is written once and runs on arrays (fast) or on Tensors (higher order); a rule
+   that can only do arrays says how to differentiate again by naming its `composite`.
+4. Inputs are kept as Tensors and unboxed when backward needs them, so that their storage may be
+   freed and refilled in between (FSDP does).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import count
+from typing import Any
+
+import numpy as np
+
+from dtrain import dtypes
+from dtrain.autograd.grad_mode import grad_enabled
+from dtrain.autograd.value import Value, Version
+
+SCALARS = frozenset((int, float, bool, complex))
+FREED = object()  # stands in Node.saved once backward has used what it held
+OPS: dict[str, Op] = {}
+
+_new = object.__new__
+_next_seq = count(1).__next__
+_recording = grad_enabled.get
+_ndarray = np.ndarray
+_tensor: type[Value] = Value  # tensor.py puts its class here: results are made of it
+
+
+def register_tensor_class(cls: type[Value]) -> None:
+    """Make `cls` the class of every op's result; called once, by `dtrain.tensor`."""
+    global _tensor
+    _tensor = cls
+
+
+class Node:
+    """One recorded application of an op: the `grad_fn` of its result.
+
+    `edges[i]` is where the gradient of input i goes: the Node that made it, the leaf Tensor
+    itself, or None. Attributes of the op, and while its rule runs the saved values, are plain
+    attributes under the names that the definition gives.
+    """
+
+    __slots__ = (
+        "__dict__",
+        "__weakref__",
+        "aux",
+        "edges",
+        "hooks",
+        "op",
+        "out",
+        "saved",
+        "seq",
+        "shapes",
+        "versions",
+    )  # fmt: skip
+
+    def __init__(self, op: Any, edges: tuple[Any, ...], saved: Any) -> None:
+        self.op = op
+        self.edges = edges
+        self.saved = saved  # tuple of Tensors (or scalars, arrays, None), or FREED
+        self.aux: tuple[Any, ...] | None = None
+        self.out: Any = None  # (array, Version, expected) when the rule wants the result
+        self.versions: tuple[int, ...] | None = None
+        self.shapes: tuple[tuple[int, ...], ...] = ()  # of the inputs (not of unary ops)
+        self.seq = _next_seq()
+        self.hooks: dict[int, Callable[..., Any]] | None = None
+
+    @property
+    def needs(self) -> tuple[bool, ...]:
+        """For each input, whether anybody wants its gradient."""
+        return tuple(edge is not None for edge in self.edges)
+
+    @property
+    def next_functions(self) -> tuple[tuple[Any, int], ...]:
+        """The nodes (or leaf tensors) that receive this node's gradients, torch's way."""
+        return tuple((edge, 0) for edge in self.edges)
+
+    def name(self) -> str:
+        """The op's name in torch's style, such as `MulBackward0`."""
+        return "".join(part.capitalize() for part in self.op.name.split("_")) + "Backward0"
+
+    def __repr__(self) -> str:
+        return f"<{self.name()} #{self.seq}>"
+
+
+class Op:
+    """What `define` was told; `backward` runs the gradient rule of one node."""
+
+    fresh = True  # rules return new arrays, views or `g` itself: see `define`
+
+    def __init__(
+        self, name: str, forward: Callable[..., Any], vjp: Callable[..., Any] | None,
+        inputs: tuple[str, ...], saves: tuple[str, ...], aux: tuple[str, ...],
+        composite: Callable[..., Any] | None, broadcasts: bool,
+        sample: Callable[[], list[Any]] | None,
+    ) -> None:  # fmt: skip
+        unknown = set(saves) - set(inputs) - {"y"}
+        assert not unknown, f"op {name} saves {unknown}, which are not among its inputs {inputs}"
+        self.name = name
+        self.forward = forward
+        self.vjp = vjp
+        self.inputs = inputs
+        self.keep = tuple(i for i, n in enumerate(inputs) if n in saves)
+        self.kept_names = tuple(inputs[i] for i in self.keep)
+        self.keeps_out = "y" in saves
+        self.aux = aux
+        self.composite = composite
+        self.broadcasts = broadcasts
+        self.sample = sample
+
+    def __repr__(self) -> str:
+        return f"<op {self.name}>"
+
+    def save(self, node: Node, inputs: tuple[Any, ...], result: Value | None) -> None:
+        """Keep what the rule needs, with the versions it was read at."""
+        kept = node.saved = tuple([inputs[i] for i in self.keep])
+        for value in kept:
+            if isinstance(value, Value) and value._version is not None:
+                node.versions = tuple(version_of(v) for v in kept)
+                break
+        if self.keeps_out and result is not None:
+            version = result._version
+            if version is None:
+                version = result._version = Version()
+            node.out = (result._data, version, version.count)
+
+    def kept_name(self, index: int) -> str:
+        return self.kept_names[index]
+
+    def backward(self, node: Node, grad: Any, create_graph: bool) -> tuple[Any, ...]:
+        """The gradients of the node's inputs, given that of its result.
+
+        Arrays in and out, or Tensors when `create_graph`.
+        """
+        check_saved(node)
+        unbox(self, node, create_graph)
+        try:
+            grads = self.vjp(node, grad)  # type: ignore[misc]
+        finally:
+            forget(self, node)
+        if self.broadcasts:
+            grads = tuple(
+                g if g is None or g.shape == s else sum_to_shape(g, s)
+                for g, s in zip(grads, node.shapes, strict=True)
+            )
+        return grads  # type: ignore[no-any-return]
+
+
+def version_of(value: Any) -> int:
+    """How often a saved value was changed in place."""
+    version = value._version if isinstance(value, Value) else None
+    return 0 if version is None else version.count
+
+
+def check_saved(node: Node) -> None:
+    """Refuse saved values that are gone, or were changed in place since they were saved."""
+    if node.saved is FREED:
+        raise RuntimeError(
+            "Trying to backward through the graph a second time (or directly access saved "
+            "tensors after they have already been freed). Saved intermediate values of the "
+            "graph are freed when you call .backward() or autograd.grad(). Specify "
+            "retain_graph=True if you need to backward through the graph a second time or if "
+            "you need to access saved tensors after calling backward."
+        )
+    expected = node.versions
+    for i, value in enumerate(node.saved):
+        if isinstance(value, Value) and value._version is not None:
+            wanted = expected[i] if expected else 0
+            if value._version.count != wanted:
+                name = node.op.kept_name(i)
+                raise stale(name, node.op, value._data, value._version.count, wanted)
+    if node.out is not None and node.out[1].count != node.out[2]:
+        data, version, wanted = node.out
+        raise stale("output 0", node.op, data, version.count, wanted)
+
+
+def stale(what: str, op: Any, data: Any, found: int, expected: int) -> RuntimeError:
+    return RuntimeError(
+        "one of the variables needed for gradient computation has been modified by an inplace "
+        f"operation: [{dtypes.from_numpy(data.dtype)} {list(data.shape)}], which is {what} of "
+        f"{op.name.capitalize()}, is at version {found}; expected version {expected} instead. "
+        "Hint: clone() the tensor before changing it, or make the change out of place."
+    )
+
+
+def unbox(op: Op, node: Node, as_tensors: bool) -> None:
+    """Put the saved values on the node under their names."""
+    if as_tensors:
+        for name, value in zip(op.kept_names, node.saved, strict=True):
+            setattr(node, name, value)
+        if node.out is not None:
+            node.y = make(node.out[0], node)
+        return
+    for name, value in zip(op.kept_names, node.saved, strict=True):
+        setattr(node, name, value._data if isinstance(value, Value) else value)
+    if node.out is not None:
+        node.y = node.out[0]
+    if node.aux is not None:
+        for name, value in zip(op.aux, node.aux, strict=True):
+            setattr(node, name, value)
+
+
+def forget(op: Op, node: Node) -> None:
+    """Take the unboxed values off again: a kept graph must not hold arrays a second time."""
+    fields = node.__dict__
+    for name in op.kept_names:
+        fields.pop(name, None)
+    if node.out is not None:
+        fields.pop("y", None)
+    for name in op.aux:
+        fields.pop(name, None)
+
+
+def make(data: Any, node: Node | None = None) -> Value:
+    """A Tensor over `data` (a NumPy scalar becomes a 0-d array), made by `node` if given."""
+    t = _new(_tensor)
+    t._data = data if data.__class__ is _ndarray else np.asarray(data)
+    t._node = node
+    t._requires_grad = node is not None
+    t._grad = t._version = t._base = None
+    return t
+
+
+def edge_of(value: Any) -> Any:
+    """Where the gradient of an input goes: its node, the leaf Tensor itself, or None."""
+    if not isinstance(value, Value) or not value._requires_grad:
+        return None
+    if value._base is not None:
+        value._refresh_view()
+    return value._node or value
+
+
+def record(op: Op, inputs: tuple[Any, ...], result: Value, attrs: dict[str, Any]) -> Node:
+    """Attach to `result` the node that says how it came from `inputs`."""
+    node = Node(op, tuple([edge_of(v) for v in inputs]), ())
+    if attrs:
+        node.__dict__.update(attrs)
+    op.save(node, inputs, result)
+    result._node = node
+    result._requires_grad = True
+    return node
+
+
+def sum_to_shape(grad: Any, shape: tuple[int, ...]) -> Any:
+    """Sum a gradient over the axes along which its input was broadcast."""
+    lead = grad.ndim - len(shape)
+    axes = tuple(range(lead)) + tuple(
+        lead + i for i, n in enumerate(shape) if n == 1 and grad.shape[lead + i] != 1
+    )
+    if isinstance(grad, Value):
+        summed = grad.sum(dim=axes) if axes else grad  # type: ignore[attr-defined]
+    else:
+        summed = grad.sum(axis=axes, dtype=grad.dtype) if axes else grad
+    return summed.reshape(shape)
+
+
+# ---------------------------------------------------------------------------------------------
+# dispatchers: what a call of an op does. Binary and unary ones are spelt out because a small
+# multiply must cost about what its NumPy call costs (benchmarks/ops.py).
+
+
+def _binary(op: Op, promote: Callable[..., Any] | None) -> Callable[..., Any]:
+    forward = op.forward
+    differentiable = op.vjp is not None
+
+    def call(a: Any, b: Any) -> Any:
+        try:
+            x = a._data
+            y = b._data
+            if promote is not None and x.dtype is not y.dtype:
+                return promote(call, a, b)
+        except AttributeError:
+            if not isinstance(a, Value):
+                if not isinstance(b, Value):
+                    return forward(a, b)
+                return promote(call, a, b) if promote else call(make(np.asarray(a)), b)
+            if b.__class__ not in SCALARS or (promote and not promote.keeps(x, b)):
+                return promote(call, a, b) if promote else call(a, make(np.asarray(b)))
+            y = b
+        try:
+            out = forward(x, y)
+        except ValueError as error:
+            raise broadcast_error(x, y, error) from None
+        t = _new(_tensor)
+        t._data = out if out.__class__ is _ndarray else np.asarray(out)
+        t._grad = t._version = t._base = None
+        if (
+            differentiable
+            and (a._requires_grad or (y is not b and b._requires_grad))
+            and _recording()
+        ):
+            node = t._node = Node(op, (edge_of(a), edge_of(b)), ())
+            node.shapes = (x.shape, () if y is b else y.shape)
+            op.save(node, (a, b), t)
+            t._requires_grad = True
+        else:
+            t._node = None
+            t._requires_grad = False
+        return t
+
+    return call
+
+
+def _unary(op: Op, promote: Callable[..., Any] | None) -> Callable[..., Any]:
+    forward = op.forward
+    differentiable = op.vjp is not None
+
+    def call(a: Any) -> Any:
+        if not isinstance(a, Value):
+            return forward(a)
+        x = a._data
+        if promote is not None and x.dtype.kind in "biu":
+            return promote(call, a)
+        t = make(forward(x))
+        if differentiable and a._requires_grad and _recording():
+            record(op, (a,), t, {})
+        return t
+
+    return call
+
+
+def _general(op: Op, view: bool, outputs: int) -> Callable[..., Any]:
+    forward = op.forward
+    differentiable = op.vjp is not None
+
+    def call(*inputs: Any, **attrs: Any) -> Any:
+        boxed = [v for v in inputs if isinstance(v, Value)]
+        arrays = [v._data if isinstance(v, Value) else v for v in inputs]
+        result = forward(*arrays, **attrs)
+        aux: tuple[Any, ...] = ()
+        if op.aux:
+            result, *rest = result
+            aux = tuple(rest)
+        if not boxed:
+            return result
+        recording = differentiable and any([v._requires_grad for v in boxed]) and _recording()
+        if outputs != 1:
+            return _several(op, inputs, result, attrs, recording, outputs, view)
+        t = make(result)
+        if recording:
+            node = record(op, inputs, t, attrs)
+            node.shapes = tuple([v.shape if v.__class__ is _ndarray else () for v in arrays])
+            node.aux = aux or None
+        if view:
+            t._share(boxed[0])
+        return t
+
+    return call
+
+
+def _several(
+    op: Op, inputs: tuple[Any, ...], results: Any, attrs: dict[str, Any],
+    recording: bool, outputs: int, view: bool,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Box the results of an op with many. The first `outputs` (-1: all) are differentiable."""
+    tensors = tuple([make(r) for r in results])
+    if recording:
+        node = Node(op, tuple([edge_of(v) for v in inputs]), ())
+        node.__dict__.update(attrs)
+        node.shapes = tuple([v._data.shape if isinstance(v, Value) else () for v in inputs])
+        op.save(node, inputs, None)
+        differentiable = tensors if outputs < 0 else tensors[:outputs]
+        for i, t in enumerate(differentiable):
+            t._node = Node(SELECT, (node,), ())
+            t._node.index, t._node.total = i, len(differentiable)
+            t._requires_grad = True
+    if view:
+        for t in tensors:
+            t._share(inputs[0])
+            t._one_of_many = True
+    return tensors
+
+
+class _Select:
+    """The op of a result among several: its node carries a gradient to its place in a list.
+
+    The engine hands the node of the whole op that list, with None for what got no gradient.
+    """
+
+    name = "select_output"
+    keep: tuple[int, ...] = ()
+
+
+SELECT = _Select()
+
+
+def define(
+    name: str,
+    forward: Callable[..., Any],
+    *,
+    vjp: Callable[..., Any] | None = None,
+    saves: str = "",
+    inputs: str | None = None,
+    aux: str = "",
+    promote: Callable[..., Any] | None = None,
+    composite: Callable[..., Any] | None = None,
+    view: bool = False,
+    broadcasts: bool = False,
+    outputs: int = 1,
+    sample: Callable[[], list[Any]] | None = None,
+) -> Callable[..., Any]:
+    """State an op; returns the function that applies it to arrays or Tensors.
+
+    forward    arrays and keyword attributes in, array out (with `aux`: array and aux arrays;
+               with `outputs` != 1: a tuple of arrays).
+    vjp        `vjp(n, g)`: `n` carries the saved values and attributes by name, `g` the gradient
+               of the result; returns one gradient (or None) for each input, each a new array, a
+               view, or `g` itself: never a saved array, never one new array twice (the engine
+               hands new arrays to `.grad` without a copy). Gradients of pointwise ops may keep
+               the broadcast shape if `broadcasts`. `n.needs[i]` tells whether anybody wants the
+               gradient of input i, `n.shapes[i]` is its shape. No vjp: the result never requires grad.
+    saves      names among the inputs, and "y" for the result.
+    inputs     names of the array inputs; by default forward's positional parameters ("x" or
+               "a b" for NumPy functions).
+    aux        names of further arrays that forward returns for vjp; needs `composite`, since
+               they carry no graph.
+    promote    how operands of different dtypes or Python scalars are brought together.
+    composite  the same function written in other ops: used for derivatives of derivatives. An
+               op that has one saves all its inputs.
+    view       the result may share memory with the first input.
+    broadcasts gradients may have the broadcast shape: the engine sums them down. Always true of
+               ops with two array inputs and no attributes.
+    outputs    how many results are differentiable (-1: all of a variable number).
+    sample     () -> [(arrays, attributes), ...]: inputs that the registry's tests use.
+    """
+    assert name not in OPS, f"op {name!r} is defined twice"
+    names = tuple(inputs.split()) if inputs is not None else _input_names(forward)
+    kept = names if composite is not None else tuple(saves.split())
+    if composite is not None and "y" in saves.split():
+        kept += ("y",)
+    assert not aux or composite is not None, f"op {name!r} has aux values but no composite"
+    code = getattr(forward, "__code__", None)
+    plain = not (view or aux or (code and code.co_kwonlyargcount)) and outputs == 1
+    pointwise = plain and len(names) == 2
+    op = Op(
+        name, forward, vjp, names, kept, tuple(aux.split()), composite,
+        broadcasts or pointwise, sample,
+    )  # fmt: skip
+    OPS[name] = op
+    if pointwise:
+        call = _binary(op, promote)
+    elif plain and len(names) == 1:
+        call = _unary(op, promote)
+    else:
+        call = _general(op, view, outputs)
+    call.__name__ = call.__qualname__ = name
+    call.op = op  # type: ignore[attr-defined]
+    return call
+
+
+def _input_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    if isinstance(forward, np.ufunc):
+        return ("x",) if forward.nin == 1 else ("a", "b")
+    code = forward.__code__
+    return code.co_varnames[: code.co_argcount]
+
+
+def broadcast_error(x: Any, y: Any, error: ValueError) -> RuntimeError | ValueError:
+    """torch's sentence for shapes that do not broadcast; the error itself if that was not it."""
+    a, b = np.shape(x), np.shape(y)
+    for back in range(1, min(len(a), len(b)) + 1):
+        if a[-back] != b[-back] and 1 not in (a[-back], b[-back]):
+            return RuntimeError(
+                f"The size of tensor a ({a[-back]}) must match the size of tensor b ({b[-back]}) "
+                f"at non-singleton dimension {max(len(a), len(b)) - back} "
+                f"(shapes {list(a)} and {list(b)})"
+            )
+    return error
+
+
+ALIAS = define("alias", lambda x: x, vjp=lambda n, g: (g,))

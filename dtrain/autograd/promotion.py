@@ -1,0 +1,95 @@
+"""Bring operands of an op together: Python scalars, foreign arrays, different dtypes.
+
+The fast path of an op handles equal dtypes and scalars that change nothing; everything else comes
+here once, is cast by the differentiable `cast` op, and goes back to the op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from dtrain import dtypes
+from dtrain.autograd.op import SCALARS, define, make
+from dtrain.autograd.value import Value
+from dtrain.dtypes import Category
+
+
+def _cast(x: np.ndarray, *, dtype: dtypes.dtype) -> np.ndarray:
+    return x.astype(dtype.numpy)
+
+
+def _uncast(n: Any, g: Any) -> tuple[Any]:
+    return (cast(g, dtype=n.source),)
+
+
+_cast_op = define(
+    "cast", lambda x, *, dtype, source: _cast(x, dtype=dtype), inputs="x", vjp=_uncast
+)
+
+
+def cast(x: Any, *, dtype: dtypes.dtype) -> Any:
+    """`x` (Tensor or array) in another dtype; differentiable, the gradient is cast back."""
+    source = dtypes.from_numpy((x._data if isinstance(x, Value) else np.asarray(x)).dtype)
+    if source is dtype:
+        return x
+    if not isinstance(x, Value):
+        return _cast(np.asarray(x), dtype=dtype)
+    return _cast_op(x, dtype=dtype, source=source)
+
+
+def operand(value: Any) -> tuple[Any, tuple[dtypes.dtype, Category]]:
+    """An operand as a Tensor or scalar, with what it brings into promotion."""
+    if isinstance(value, Value):
+        data = value._data
+        rank = Category.DIMENSIONED if data.ndim else Category.ZERO_DIM
+        return value, (dtypes.from_numpy(data.dtype), rank)
+    if value.__class__ in SCALARS or isinstance(value, np.generic):
+        return value, (dtypes.scalar_dtype(value), Category.SCALAR)
+    if isinstance(value, np.ndarray):
+        return operand(make(value))
+    raise TypeError(f"unsupported operand type: expected a Tensor or a number, got {type(value)}")
+
+
+def together(*values: Any, dtype: dtypes.dtype | None = None) -> list[Any]:
+    """All operands as Tensors of their common dtype (or of `dtype`)."""
+    pairs = [operand(v) for v in values]
+    common = dtype or dtypes.result_type(*(kind for _, kind in pairs))
+    return [
+        cast(v, dtype=common) if isinstance(v, Value) else make(np.asarray(v, dtype=common.numpy))
+        for v, _ in pairs
+    ]
+
+
+class Arithmetic:
+    """torch's type promotion: the common dtype of all operands."""
+
+    def __call__(self, call: Callable[..., Any], a: Any, b: Any) -> Any:
+        try:
+            a, b = together(a, b)
+        except TypeError:
+            # Not ours: let the other operand's reflected method, or Python's TypeError, decide.
+            return NotImplemented
+        return call(a, b)
+
+    def keeps(self, x: np.ndarray, scalar: Any) -> bool:
+        """Whether a Python scalar leaves an array of x's dtype at that dtype."""
+        kind = x.dtype.kind
+        if kind == "f":
+            return scalar.__class__ is not complex
+        if kind in "iu":
+            return scalar.__class__ is int or scalar.__class__ is bool
+        return kind == "c" or (kind == "b" and scalar.__class__ is bool)
+
+
+class Floating:
+    """For functions that leave the integers (exp, sqrt ...): integer tensors become floating."""
+
+    def __call__(self, call: Callable[..., Any], a: Any) -> Any:
+        return call(cast(a, dtype=dtypes.get_default_dtype()))
+
+
+ARITHMETIC = Arithmetic()
+FLOATING = Floating()

@@ -1,0 +1,79 @@
+"""The fields every Tensor has, apart from its methods: what ops and the engine work on.
+
+`Tensor` (dtrain/tensor.py) adds the public face. The split keeps the layers one-way: ops and the
+engine know these slots, and only tensor.py knows ops.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class Version:
+    """How often a storage was changed in place; one is shared by a tensor and all its views.
+
+    `regraphed` is the count at which the graph of the base last changed through such a change:
+    views made before it must ask the base again where their gradient goes.
+    """
+
+    __slots__ = ("count", "regraphed")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.regraphed = 0
+
+
+class Value:
+    """An array and its place in the graph.
+
+    _data            the ndarray.
+    _node            the Node that made it, None for a leaf.
+    _requires_grad   bool.
+    _grad            Tensor or None.
+    _version         Version, or None as long as nobody needed one (means count 0).
+    _base            the Tensor this is a view of, or None.
+    """
+
+    __slots__ = (
+        "__dict__",
+        "__weakref__",
+        "_base",
+        "_data",
+        "_grad",
+        "_node",
+        "_requires_grad",
+        "_version",
+    )  # fmt: skip
+
+    _data: Any
+    _node: Any
+    _requires_grad: bool
+    _grad: Any
+    _version: Version | None
+    _base: Any
+
+    # A leaf or a view may carry more; class attributes stand for their absence.
+    _view_count = 0  # version count when the view's place in the graph was last right
+    _one_of_many = False  # a view among several that one op returned
+    _hooks: Any = None  # {id: hook(grad)} of a leaf; others' hooks live on their node
+    _post_accumulate: Any = None  # {id: hook(tensor)} when a leaf's gradient is complete
+
+    def _share(self, source: Value) -> None:
+        """Become a view of `source` if the memory is its own: same base, same version."""
+        if not _same_memory(self._data, source._data):
+            return
+        if source._version is None:
+            source._version = Version()
+        self._version = source._version
+        self._base = source if source._base is None else source._base
+        self._view_count = self._version.count
+
+    def _refresh_view(self) -> None:
+        """Overridden by Tensor: follow an in-place change of the base's graph."""
+
+
+def _same_memory(view: Any, source: Any) -> bool:
+    if view is source:
+        return True
+    owner = source if source.base is None else source.base
+    return view.base is owner or view.base is source

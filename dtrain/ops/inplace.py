@@ -1,0 +1,169 @@
+"""Changes in place, and what they do to the graph.
+
+Rules:
+1. An in-place op is the out-of-place op, its result written into the old memory, the version
+   counted up and the tensor's place in the graph moved to the new node.
+2. When the tensor is a view, its base moves: the base's new node puts the view's value into the
+   old base. The view and its sisters then find their own place again from the base, the next time
+   they are used (`refresh_view`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from dtrain import dtypes
+from dtrain.autograd.grad_mode import grad_enabled
+from dtrain.autograd.op import make, record
+from dtrain.autograd.value import Value, Version
+from dtrain.ops.index import getitem, index_put, plain_index
+
+
+def bump(tensor: Value) -> None:
+    """Count one change of the tensor's memory."""
+    if tensor._version is None:
+        tensor._version = Version()
+    tensor._version.count += 1
+
+
+def _recording(values: tuple[Any, ...]) -> bool:
+    return grad_enabled.get() and any(isinstance(v, Value) and v._requires_grad for v in values)
+
+
+def check_writable(tensor: Value) -> None:
+    """Refuse what autograd could not follow; torch's sentences."""
+    if tensor._requires_grad and tensor._node is None:
+        raise RuntimeError(
+            "a leaf Variable that requires grad is being used in an in-place operation."
+        )
+    base = tensor._base
+    if base is None:
+        return
+    if base._requires_grad and base._node is None:
+        raise RuntimeError(
+            "a view of a leaf Variable that requires grad is being used in an in-place operation."
+        )
+    if tensor._one_of_many:
+        raise RuntimeError(
+            "Output 0 of SplitBackward0 is a view and is being modified inplace. This view is the "
+            "output of a function that returns multiple views. Such functions do not allow the "
+            "output views to be modified inplace. You should replace the inplace operation by an "
+            "out-of-place one."
+        )
+
+
+def write(tensor: Value, data: Any) -> None:
+    """Copy `data` into the tensor's memory; RuntimeError where dtype or shape do not fit."""
+    target = tensor._data
+    source = dtypes.from_numpy(data.dtype)
+    if not dtypes.can_cast(source, dtypes.from_numpy(target.dtype)):
+        raise RuntimeError(
+            f"result type {source.scalar_type} can't be cast to the desired output type "
+            f"{dtypes.from_numpy(target.dtype).scalar_type}"
+        )
+    if data.shape != target.shape:
+        raise RuntimeError(
+            f"output with shape {list(target.shape)} doesn't match the broadcast shape "
+            f"{list(data.shape)}"
+        )
+    if not target.flags.writeable:
+        raise RuntimeError(
+            "unsupported operation: the tensor's memory is read-only or more than one element of "
+            "the written-to tensor refers to a single memory location. Please clone() the tensor "
+            "before performing the operation."
+        )
+    np.copyto(target, data, casting="unsafe")
+    bump(tensor)
+
+
+def update(tensor: Value, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`function(tensor, ...)` written into `tensor`, which is returned."""
+    if not _recording((tensor, *args)):
+        write(tensor, function(tensor, *args, **kwargs)._data)
+        return tensor
+    check_writable(tensor)
+    if tensor._base is not None:
+        tensor._refresh_view()
+    old = make(tensor._data, tensor._node)
+    op = getattr(function, "op", None)
+    if op is None or 0 in op.keep:
+        old._data = tensor._data.copy()  # the rule wants the value that is about to go
+    result = function(old, *args, **kwargs)
+    write(tensor, result._data)
+    move(tensor, result)
+    return tensor
+
+
+def put(tensor: Value, index: Any, value: Any) -> None:
+    """`tensor[index] = value`."""
+    plain, _ = plain_index(index)
+    array = value._data if isinstance(value, Value) else value
+    recording = _recording((tensor, value))
+    if recording:
+        check_writable(tensor)
+    target = tensor._data
+    try:
+        target[plain] = array
+    except ValueError as error:
+        if not target.flags.writeable:
+            write(tensor, target)  # raises torch's sentence
+        raise RuntimeError(f"shape mismatch: {error}") from None
+    bump(tensor)
+    if recording:
+        if tensor._base is not None:
+            tensor._refresh_view()
+        old, result = make(target, tensor._node), make(target)
+        boxed = value if isinstance(value, Value) else make(np.asarray(value, target.dtype))
+        node = record(index_put.op, (old, boxed), result, {"index": plain})  # type: ignore[attr-defined]
+        node.shapes = (target.shape, boxed._data.shape)
+        move(tensor, result)
+
+
+def move(tensor: Value, result: Value) -> None:
+    """Give `tensor` (or its base) the place in the graph that `result` has."""
+    base = tensor._base
+    if base is None:
+        tensor._node, tensor._requires_grad = result._node, result._requires_grad
+        if tensor._version is not None:
+            tensor._version.regraphed = tensor._version.count
+        return
+    places = positions(tensor, base)
+    flat = make(base._data, base._node).reshape((-1,))  # type: ignore[attr-defined]
+    whole = index_put(flat, result.reshape((-1,)), index=(places.reshape(-1),))  # type: ignore[attr-defined]
+    whole = whole.reshape(base._data.shape)
+    base._node, base._requires_grad = whole._node, True
+    base._version.regraphed = base._version.count
+    refresh_view(tensor)
+
+
+def refresh_view(view: Value) -> None:
+    """Let a view follow its base after the base's graph moved."""
+    version, base = view._version, view._base
+    if version is None or version.regraphed <= view._view_count:
+        return
+    view._view_count = version.count
+    if not base._requires_grad:
+        return
+    places = positions(view, base)
+    flat = make(base._data, base._node).reshape((-1,))  # type: ignore[attr-defined]
+    seen = getitem(flat, (places,))
+    view._node, view._requires_grad = seen._node, True
+
+
+def positions(view: Value, base: Value) -> np.ndarray:
+    """For each element of `view`, its row-major position in `base` (int64)."""
+    v, b = view._data, base._data
+    low, high = np.lib.array_utils.byte_bounds(b)
+    cells = np.full((high - low) // b.itemsize, -1, np.int64)
+    _lay(cells, b, low)[...] = np.arange(b.size).reshape(b.shape)
+    return _lay(cells, v, low).copy()
+
+
+def _lay(cells: np.ndarray, array: np.ndarray, low: int) -> np.ndarray:
+    """`cells` seen through the strides and offset of `array`."""
+    offset = (array.__array_interface__["data"][0] - low) // array.itemsize
+    strides = [s // array.itemsize * cells.itemsize for s in array.strides]
+    return np.lib.stride_tricks.as_strided(cells[offset:], array.shape, strides)
