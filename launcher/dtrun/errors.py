@@ -7,8 +7,6 @@ shape and the field names of torchrun's.
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import time
 from typing import NamedTuple
@@ -47,15 +45,17 @@ class Recorded(NamedTuple):
     time: float | None = None
 
 
-def read_recorded(path: str, exitcode: int) -> Recorded:
+def read_recorded(path: str, fault_path: str, exitcode: int) -> Recorded:
     """The worker's error file, or its fault log when a signal ended it; empty without either."""
-    if exitcode < 0 and (fault := _read(os.path.join(os.path.dirname(path), "fault.log"))):
+    if exitcode < 0 and (fault := _read(fault_path)):
         lines = fault.splitlines(keepends=True)
         shown = [line for line in lines if not any(own in line for own in BOOTSTRAP_FRAMES)]
         return Recorded(message=lines[0].strip(), traceback="".join(shown))
     text = _read(path)
     if not text:
         return Recorded()
+    import json  # a launcher has to start quickly and seldom to report
+
     try:
         fields = json.loads(text)
         return Recorded(

@@ -15,12 +15,10 @@ from collections.abc import Mapping
 
 from dtrun import process
 from dtrun.errors import Failure, read_recorded
-from dtrun.spec import STDERR, STDOUT, Attempt, Spec, command, environment, error_file
+from dtrun.spec import STDERR, STDOUT, Attempt, Spec, command, environment, error_file, fault_file
 from dtrun.streams import LOG_NAMES, Streams
 from dtrun.supervisor import Supervisor
 
-# What a successful run leaves behind (a helper in the background) may finish its last write.
-LEFT_BEHIND_SECONDS = 0.3
 # For a console that takes nothing while dtrun is being stopped.
 LAST_WORDS_SECONDS = 0.2
 
@@ -128,15 +126,14 @@ class Group:
                 process.signal_group(self._workers[local_rank], signum)
 
     def _sweep(self) -> None:
-        undisturbed = not any(worker.returncode for worker in self._workers)
-        left = process.sweep(LEFT_BEHIND_SECONDS if undisturbed else 0.0)
-        if left and undisturbed:
+        left = process.sweep()
+        if left:
             self._streams.say(f"dtrun: ended {left} process(es) that the workers left behind\n")
 
     def _failure(self, local_rank: int) -> Failure:
         worker = self._workers[local_rank]
         path = error_file(self._attempt, local_rank)
-        recorded = read_recorded(path, worker.returncode)
+        recorded = read_recorded(path, fault_file(self._attempt, local_rank), worker.returncode)
         self._log_traceback(local_rank, recorded.traceback)
         kept = self._spec.log_dir is not None and os.path.exists(path)
         return Failure(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from dtrun.spec import MODULE, PROGRAM, SCRIPT, STDERR, STDOUT, Spec, cores
+from dtrun.spec import MODULE, PROGRAM, SCRIPT, Spec, cores
 
 DEFAULT_PORT = 29500  # torchrun's, for several nodes; on one node a free port is reserved
 DEFAULT_PREFIX = "[rank${rank}]: "
@@ -23,7 +23,8 @@ def spec_from(given: argparse.Namespace) -> Spec:
     addr, port = endpoint(given, nnodes)
     if not 0 <= given.node_rank < nnodes:
         raise ValueError(f"--node-rank must be in 0..{nnodes - 1}, got {given.node_rank}")
-    redirects, tee = streams("--redirects", given.redirects), streams("--tee", given.tee)
+    redirects = streams("--redirects", given.redirects, nproc)
+    tee = streams("--tee", given.tee, nproc)
     kind = kind_of(given)
     return Spec(
         target=target(kind, given.training_script),
@@ -37,10 +38,10 @@ def spec_from(given: argparse.Namespace) -> Spec:
         run_id=os.urandom(8).hex() if given.standalone else given.rdzv_id,
         role=given.role,
         max_restarts=restarts(given.max_restarts, nnodes),
-        log_dir=log_dir(given.log_dir, bool(redirects or tee)),
-        redirects=tuple(redirects.get(rank, redirects.get(-1, 0)) for rank in range(nproc)),
-        tee=tuple(tee.get(rank, tee.get(-1, 0)) for rank in range(nproc)),
-        shown=shown(given.local_ranks_filter),
+        log_dir=log_dir(given.log_dir, any(redirects + tee)),
+        redirects=redirects,
+        tee=tee,
+        shown=shown(given.local_ranks_filter, nproc),
         prefix=prefix(given.log_line_prefix_template, nproc),
     )
 
@@ -100,27 +101,31 @@ def _port(flag: str, text: str) -> int:
     return int(text)
 
 
-def streams(flag: str, text: str) -> dict[int, int]:
-    """`3`, or `0:1,1:2` by local rank, as {local rank: bits}; rank -1 stands for all."""
+def streams(flag: str, text: str, nproc: int) -> tuple[int, ...]:
+    """`3`, or `0:1,1:2` by local rank, as the bits of each local rank."""
     parts = [part.rpartition(":") for part in text.split(",")]
-    legal = all(
-        bits in ("0", "1", "2", "3") and (rank.isdecimal() if colon else len(parts) == 1)
-        for rank, colon, bits in parts
-    )
-    if not legal:
-        raise ValueError(
-            f"{flag} must be 0, {STDOUT}, {STDERR} or 3, or like 0:1,1:3, got {text!r}"
-        )
-    return {int(rank or -1): int(bits) for rank, _, bits in parts if bits != "0"}
+    for rank, colon, bits in parts:
+        if bits not in ("0", "1", "2", "3") or not (rank.isdecimal() if colon else text == bits):
+            raise ValueError(f"{flag} must be 0, 1, 2 or 3, or like 0:1,1:3, got {text!r}")
+        _check_local_rank(flag, rank or "0", nproc)
+    if parts[0][0] == "":
+        return (int(text),) * nproc
+    chosen = {int(rank): int(bits) for rank, _, bits in parts}
+    return tuple(chosen.get(local_rank, 0) for local_rank in range(nproc))
 
 
-def shown(text: str) -> frozenset[int] | None:
+def shown(text: str, nproc: int) -> frozenset[int] | None:
     """`0,2`: the local ranks seen on the console; None for all."""
     if not text:
         return None
-    if not all(part.isdecimal() for part in text.split(",")):
-        raise ValueError(f"--local-ranks-filter must be like 0,2, got {text!r}")
+    for rank in text.split(","):
+        _check_local_rank("--local-ranks-filter", rank, nproc)
     return frozenset(map(int, text.split(",")))
+
+
+def _check_local_rank(flag: str, text: str, nproc: int) -> None:
+    if not text.isdecimal() or int(text) >= nproc:
+        raise ValueError(f"{flag}: local ranks are 0..{nproc - 1}, got {text!r}")
 
 
 def prefix(template: str | None, nproc: int) -> str:

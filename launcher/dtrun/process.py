@@ -16,7 +16,8 @@ import subprocess
 from collections.abc import Mapping, Sequence
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
-SWEEP_SECONDS = 1.0
+# What `sweep` sends, and how long it waits for all to end.
+SWEEP = ((None, 0.15), (signal.SIGTERM, 0.15), (signal.SIGKILL, 1.0))
 
 
 def die_with(parent: int, signum: int) -> None:
@@ -32,7 +33,11 @@ def adopt_orphans() -> None:
 
 
 def spawn(
-    argv: Sequence[str], env: Mapping[str, str], stdin: int, stdout: int | None, stderr: int | None
+    argv: Sequence[str],
+    env: Mapping[str, str],
+    stdin: int | None,
+    stdout: int | None,
+    stderr: int | None,
 ) -> subprocess.Popen[bytes]:
     """Start a worker; `stdin`, `stdout` and `stderr` are as in Popen, which names the errors.
 
@@ -46,9 +51,8 @@ def spawn(
         stdout=stdout,
         stderr=stderr,
         start_new_session=True,
-        preexec_fn=lambda: die_with(
-            launcher, signal.SIGKILL
-        ),  # no thread exists that could hold a lock
+        # No other thread exists that could hold a lock over the fork.
+        preexec_fn=lambda: die_with(launcher, signal.SIGKILL),
     )
 
 
@@ -59,30 +63,32 @@ def signal_group(worker: subprocess.Popen[bytes], signum: int) -> None:
         os.killpg(worker.pid, signum)
 
 
-def sweep(grace: float = 0.0) -> int:
-    """End and reap every child still there, and what falls to us when it ends; their number.
+def sweep() -> int:
+    """End and reap every child still there, and what falls to us when it ends.
 
-    They get SIGTERM and `grace` seconds, then SIGKILL. Blocks for at most `grace` plus a second.
+    Some are about to end by themselves, like multiprocessing's resource tracker, which removes
+    shared memory first. The others get SIGTERM, then SIGKILL; their number is returned. Blocks for
+    1.3 seconds at most.
     """
     if not _has_children():
         return 0
-    import psutil
+    import psutil  # seldom needed, and as long to import as a process takes to start
 
     me, ended = psutil.Process(), set()
-    for signum, seconds in ((signal.SIGTERM, grace), (signal.SIGKILL, SWEEP_SECONDS)):
-        # Killing a parent hands us its children: go on until there are none.
-        while seconds and (left := me.children()):
-            for child in left:
+    for signum, seconds in SWEEP:
+        # Ending a parent hands us its children: go on until there are none.
+        while left := me.children():
+            for child in left if signum is not None else ():
+                ended.add(child.pid)
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    child.send_signal(signum)
-            ended |= set(left)
+                    child.send_signal(signum)  # psutil compares start times: never a stranger
             if psutil.wait_procs(left, timeout=seconds)[1]:
                 break
     return len(ended)
 
 
 def _has_children() -> bool:
-    """Whether a child remains; reaps the one that ended, if any."""
+    """Whether a child remains; those that have ended are reaped."""
     try:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass

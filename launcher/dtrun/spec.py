@@ -63,6 +63,11 @@ def error_file(attempt: Attempt, local_rank: int) -> str:
     return os.path.join(attempt.error_dir, str(local_rank), "error.json")
 
 
+def fault_file(attempt: Attempt, local_rank: int) -> str:
+    """Where the interpreter of a worker dumps its stacks when it crashes."""
+    return os.path.join(attempt.run_dir, f"fault-{local_rank}.log")
+
+
 def environment(
     spec: Spec, attempt: Attempt, local_rank: int, base: Mapping[str, str]
 ) -> dict[str, str]:

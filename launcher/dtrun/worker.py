@@ -4,7 +4,7 @@ dtrun starts this file by its path: `worker.py script|module TARGET ARGS...`. It
 dtrun, and the script sees what `python TARGET ARGS...` (or `python -m`) would have given it: argv,
 path[0], `__main__`, exit code. An uncaught exception goes to TORCHELASTIC_ERROR_FILE and is shown
 by dtrun, in full and once; frames of this file are left out. Crashes (faulthandler) go to
-`fault.log` beside it. A hook that the script puts into sys.excepthook is called as usual.
+a file in the run directory. A hook that the script puts into sys.excepthook is called as usual.
 """
 
 from __future__ import annotations
@@ -100,7 +100,9 @@ def install(path: str) -> Recorder:
 
     threading.excepthook = thread_failed
     if not faulthandler.is_enabled():
-        fault_log = os.path.join(os.path.dirname(path), "fault.log")
+        fault_log = os.path.join(
+            os.environ["DTRAIN_RUN_DIR"], f"fault-{os.environ['LOCAL_RANK']}.log"
+        )
         faulthandler.enable(os.open(fault_log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644))
     return recorder
 
