@@ -23,13 +23,17 @@ _CHUNK = 1 << 15  # elements; a multiple of 16, so that no block of a normal fil
 
 
 def fill(shape: Shape, dtype: dtype, draw: Callable[[int], Array]) -> Array:
-    """An array filled in order by `draw(n)`, at most _CHUNK elements at a time."""
+    """A new array of `dtype`, filled in order by `draw(n)`."""
     out = np.empty(shape, dtype.numpy)
-    flat = out.reshape(-1)
+    fill_into(out.reshape(-1), dtype, draw)
+    return out
+
+
+def fill_into(flat: Array, dtype: dtype, draw: Callable[[int], Array]) -> None:
+    """Fill a flat array of `dtype` in order by `draw(n)`, at most _CHUNK elements at a time."""
     for start in range(0, flat.size, _CHUNK):
         chunk = flat[start : start + _CHUNK]
         chunk[...] = narrow(draw(chunk.size), dtype)
-    return out
 
 
 def narrow(values: Array, dtype: dtype) -> Array:
@@ -135,7 +139,8 @@ def require_interval(low: float, high: float, dtype: dtype) -> None:
         raise RuntimeError(
             f"uniform_ expects to return a [from, to) range, but found from={low} > to={high}"
         )
-    if not max(abs(low), abs(high), high - low) <= _largest(dtype):
+    largest = _largest(dtype)
+    if not (-largest <= low and high <= largest and high - low <= largest):
         raise RuntimeError(
             "uniform_ expects to-from <= std::numeric_limits<T>::max(), but found "
             f"to={high} and from={low} which result in to-from to exceed the limit of {dtype}"

@@ -281,9 +281,9 @@ def _combine(higher: dtype | None, lower: dtype | None) -> dtype | None:
         return higher
     if higher.is_floating_point:
         return higher.to_complex() if lower.is_complex else higher
-    if higher is bool_ or lower.is_floating_point or lower.is_complex:
-        return promote_types(higher, lower)
-    return higher
+    if lower.is_floating_point or lower.is_complex:
+        return lower
+    return promote_types(higher, lower) if higher is bool_ else higher
 
 
 def can_cast(from_: dtype, to: dtype) -> bool:
@@ -350,7 +350,7 @@ class iinfo:
         self.bits, self.max, self.min = limits.bits, int(limits.max), int(limits.min)
 
     def __repr__(self) -> str:
-        return f"iinfo(min={self.min}, max={self.max}, dtype={self.dtype})"
+        return f"iinfo(min={self.min:g}, max={self.max:g}, dtype={self.dtype})"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, iinfo) and self.dtype == other.dtype

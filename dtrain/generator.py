@@ -178,7 +178,7 @@ class Generator:
         size = math.prod(shape)
         if size < 16:
             values = np.array(self._normal_pairs(size)) * std + mean
-            return draws.narrow(values, dtype).reshape(shape)
+            return draws.narrow(values, dtype).astype(dtype.numpy).reshape(shape)
         return self._normal_blocks(size, dtype, mean, std).reshape(shape)
 
     def _normal_pairs(self, n: int) -> list[float]:
@@ -198,7 +198,7 @@ class Generator:
 
         remainder = size % 16
         out = np.empty(size, dtype.numpy)
-        out[: size - remainder] = draws.fill((size - remainder,), dtype, blocks)
+        draws.fill_into(out[: size - remainder], dtype, blocks)
         if remainder:
             # torch redraws the last 16; float32 and float64 were filled with uniforms before.
             if dtype in (float32, float64):
