@@ -15,7 +15,7 @@ import numpy as np
 from dtrain import dtypes
 from dtrain.autograd import engine
 from dtrain.autograd.handle import HookTable, RemovableHandle
-from dtrain.autograd.op import make, register_tensor_class
+from dtrain.autograd.node import make, register_tensor_class
 from dtrain.autograd.promotion import cast
 from dtrain.autograd.value import Value, Version
 from dtrain.device import device

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from dtrain.autograd.grad_mode import grad_enabled
-from dtrain.autograd.op import ALIAS, FREED, SELECT, Node, check_saved, make
+from dtrain.autograd.node import SELECT, Node, check_saved, make, release
+from dtrain.autograd.op import ALIAS
 from dtrain.autograd.value import Value
 
 _by_seq = attrgetter("seq")
@@ -79,20 +80,23 @@ class Pass:
         useful = None if self.wanted is None else self.useful_nodes(order)
         for root, grad in zip(roots, grads, strict=True):
             self.deliver(root, grad, False)
-        pending = self.grads
+        take = self.grads.pop
         for node in order:
-            grad = pending.pop(node, None)
+            grad = take(node, None)
             if grad is None:
-                if self.wanted is None:
+                if useful is None:
                     self.skip(node)
                 continue
             if node.hooks is not None:
                 grad = run_hooks(node.hooks, grad, self.create_graph)
-            if self.wanted is not None:
+            if useful is not None:
                 self.collect(node, grad)
-                if node not in useful:  # type: ignore[operator]
+                if node not in useful:
                     continue
-            self.step(node, grad)
+            if node.op is SELECT:
+                self.place_in_list(node, grad)
+            else:
+                self.step(node, grad)
 
     def useful_nodes(self, order: list[Node]) -> set[Node]:
         """Nodes on a path to something wanted; the others need not run."""
@@ -108,26 +112,21 @@ class Pass:
 
     def step(self, node: Node, grad: Any) -> None:
         """Run one node's rule and pass its results on."""
-        if node.op is SELECT:
-            self.place_in_list(node, grad)
-            return
-        if self.create_graph and node.op.composite is not None:
+        op = node.op
+        if self.create_graph and op.composite is not None:
             grads = differentiate_composite(node, grad)
         else:
-            grads = node.op.backward(node, grad, self.create_graph)
-        edges = node.edges
-        if not self.retain_graph and node.saved is not FREED and (node.saved or node.out):
-            node.saved, node.out, node.aux = FREED, None, None
+            grads = op.backward(node, grad, self.create_graph)
+        if not self.retain_graph:
+            release(node)
         pending = self.grads
-        for edge, g in zip(edges, grads, strict=True):
-            if edge is None:
-                continue
+        for edge, g in zip(node.edges, grads, strict=True):
             if edge.__class__ is Node:
                 if g is not None:
                     before = pending.get(edge)
                     pending[edge] = g if before is None else before + g
-            else:
-                self.deliver(edge, g, g is not grad and node.op.fresh)
+            elif edge is not None:
+                self.deliver(edge, g, g is not grad and op.fresh)
 
     def place_in_list(self, node: Node, grad: Any) -> None:
         whole = node.edges[0]

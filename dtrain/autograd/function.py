@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from dtrain.autograd.grad_mode import grad_enabled
-from dtrain.autograd.op import SELECT, Node, check_saved, edge_of, make
+from dtrain.autograd.node import Node, check_saved, edge_of, make, select_output
 from dtrain.autograd.value import Value
 
 
@@ -174,7 +174,7 @@ def attach(
     cls: type[Function], ctx: FunctionCtx, args: tuple[Any, ...], results: tuple[Any, ...]
 ) -> list[Any]:
     """Give the differentiable results of a function their node."""
-    node = Node(_op_of(cls), tuple([edge_of(a) for a in args]), ())
+    node = Node(_op_of(cls), tuple([edge_of(a) for a in args]))
     node.ctx, ctx._node = ctx, weakref.ref(node)
     excluded = {id(t) for t in ctx._non_differentiable}
     dirty = {id(t) for t in ctx._dirty}
@@ -190,9 +190,7 @@ def attach(
     outputs = [t for t in boxed if isinstance(t, Value) and id(t) not in excluded]
     node.result_kinds = [(t._data.shape, t._data.dtype) for t in outputs]
     for i, tensor in enumerate(outputs):
-        place = Node(SELECT, (node,), ())
-        place.index, place.total = i, len(outputs)
-        tensor._node, tensor._requires_grad = place, True
+        tensor._node, tensor._requires_grad = select_output(node, i, len(outputs)), True
     keep_saved(node, ctx, results, outputs)
     return boxed
 

@@ -7,88 +7,35 @@ Rules:
    of the node. Nothing is kept for backward unless named in `saves` or `aux`.
 3. A gradient rule is written once and runs on arrays (fast) or on Tensors (higher order); a rule
    that can only do arrays says how to differentiate again by naming its `composite`.
-4. Inputs are kept as Tensors and unboxed when backward needs them, so that their storage may be
-   freed and refilled in between (FSDP does).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import count
 from typing import Any
 
 import numpy as np
 
-from dtrain import dtypes
+from dtrain.autograd import node as nodes
 from dtrain.autograd.grad_mode import grad_enabled
-from dtrain.autograd.value import Value, Version
+from dtrain.autograd.node import (
+    Node,
+    check_saved,
+    edge_of,
+    make,
+    new,
+    next_seq,
+    save_result,
+    select_output,
+    version_of,
+)
+from dtrain.autograd.value import Value
 
 SCALARS = frozenset((int, float, bool, complex))
-FREED = object()  # stands in Node.saved once backward has used what it held
 OPS: dict[str, Op] = {}
 
-_new = object.__new__
-_next_seq = count(1).__next__
 _recording = grad_enabled.get
 _ndarray = np.ndarray
-_tensor: type[Value] = Value  # tensor.py puts its class here: results are made of it
-
-
-def register_tensor_class(cls: type[Value]) -> None:
-    """Make `cls` the class of every op's result; called once, by `dtrain.tensor`."""
-    global _tensor
-    _tensor = cls
-
-
-class Node:
-    """One recorded application of an op: the `grad_fn` of its result.
-
-    `edges[i]` is where the gradient of input i goes: the Node that made it, the leaf Tensor
-    itself, or None. Attributes of the op, and while its rule runs the saved values, are plain
-    attributes under the names that the definition gives.
-    """
-
-    __slots__ = (
-        "__dict__",
-        "__weakref__",
-        "aux",
-        "edges",
-        "hooks",
-        "op",
-        "out",
-        "saved",
-        "seq",
-        "shapes",
-        "versions",
-    )  # fmt: skip
-
-    def __init__(self, op: Any, edges: tuple[Any, ...], saved: Any) -> None:
-        self.op = op
-        self.edges = edges
-        self.saved = saved  # tuple of Tensors (or scalars, arrays, None), or FREED
-        self.aux: tuple[Any, ...] | None = None
-        self.out: Any = None  # (array, Version, expected) when the rule wants the result
-        self.versions: tuple[int, ...] | None = None
-        self.shapes: tuple[tuple[int, ...], ...] = ()  # of the inputs (not of unary ops)
-        self.seq = _next_seq()
-        self.hooks: dict[int, Callable[..., Any]] | None = None
-
-    @property
-    def needs(self) -> tuple[bool, ...]:
-        """For each input, whether anybody wants its gradient."""
-        return tuple(edge is not None for edge in self.edges)
-
-    @property
-    def next_functions(self) -> tuple[tuple[Any, int], ...]:
-        """The nodes (or leaf tensors) that receive this node's gradients, torch's way."""
-        return tuple((edge, 0) for edge in self.edges)
-
-    def name(self) -> str:
-        """The op's name in torch's style, such as `MulBackward0`."""
-        return "".join(part.capitalize() for part in self.op.name.split("_")) + "Backward0"
-
-    def __repr__(self) -> str:
-        return f"<{self.name()} #{self.seq}>"
 
 
 class Op:
@@ -119,21 +66,18 @@ class Op:
     def __repr__(self) -> str:
         return f"<op {self.name}>"
 
+    def kept_name(self, index: int) -> str:
+        return self.kept_names[index]
+
     def save(self, node: Node, inputs: tuple[Any, ...], result: Value | None) -> None:
         """Keep what the rule needs, with the versions it was read at."""
         kept = node.saved = tuple([inputs[i] for i in self.keep])
         for value in kept:
             if isinstance(value, Value) and value._version is not None:
-                node.versions = tuple(version_of(v) for v in kept)
+                node.versions = tuple([version_of(v) for v in kept])
                 break
         if self.keeps_out and result is not None:
-            version = result._version
-            if version is None:
-                version = result._version = Version()
-            node.out = (result._data, version, version.count)
-
-    def kept_name(self, index: int) -> str:
-        return self.kept_names[index]
+            save_result(node, result)
 
     def backward(self, node: Node, grad: Any, create_graph: bool) -> tuple[Any, ...]:
         """The gradients of the node's inputs, given that of its result.
@@ -142,105 +86,39 @@ class Op:
         """
         check_saved(node)
         unbox(self, node, create_graph)
-        try:
-            grads = self.vjp(node, grad)  # type: ignore[misc]
-        finally:
-            forget(self, node)
+        grads = self.vjp(node, grad)  # type: ignore[misc]
+        fields = node.__dict__  # a kept graph must not hold the unboxed arrays a second time
+        for name in self.kept_names:
+            del fields[name]
+        if node.out is not None:
+            del fields["y"]
+        for name in self.aux:
+            fields.pop(name, None)
         if self.broadcasts:
-            grads = tuple(
-                g if g is None or g.shape == s else sum_to_shape(g, s)
-                for g, s in zip(grads, node.shapes, strict=True)
-            )
+            for g, shape in zip(grads, node.shapes, strict=True):
+                if g is not None and g.shape != shape:
+                    return tuple(map(_sum_if_broadcast, grads, node.shapes))
         return grads  # type: ignore[no-any-return]
-
-
-def version_of(value: Any) -> int:
-    """How often a saved value was changed in place."""
-    version = value._version if isinstance(value, Value) else None
-    return 0 if version is None else version.count
-
-
-def check_saved(node: Node) -> None:
-    """Refuse saved values that are gone, or were changed in place since they were saved."""
-    if node.saved is FREED:
-        raise RuntimeError(
-            "Trying to backward through the graph a second time (or directly access saved "
-            "tensors after they have already been freed). Saved intermediate values of the "
-            "graph are freed when you call .backward() or autograd.grad(). Specify "
-            "retain_graph=True if you need to backward through the graph a second time or if "
-            "you need to access saved tensors after calling backward."
-        )
-    expected = node.versions
-    for i, value in enumerate(node.saved):
-        if isinstance(value, Value) and value._version is not None:
-            wanted = expected[i] if expected else 0
-            if value._version.count != wanted:
-                name = node.op.kept_name(i)
-                raise stale(name, node.op, value._data, value._version.count, wanted)
-    if node.out is not None and node.out[1].count != node.out[2]:
-        data, version, wanted = node.out
-        raise stale("output 0", node.op, data, version.count, wanted)
-
-
-def stale(what: str, op: Any, data: Any, found: int, expected: int) -> RuntimeError:
-    return RuntimeError(
-        "one of the variables needed for gradient computation has been modified by an inplace "
-        f"operation: [{dtypes.from_numpy(data.dtype)} {list(data.shape)}], which is {what} of "
-        f"{op.name.capitalize()}, is at version {found}; expected version {expected} instead. "
-        "Hint: clone() the tensor before changing it, or make the change out of place."
-    )
 
 
 def unbox(op: Op, node: Node, as_tensors: bool) -> None:
     """Put the saved values on the node under their names."""
-    if as_tensors:
-        for name, value in zip(op.kept_names, node.saved, strict=True):
-            setattr(node, name, value)
-        if node.out is not None:
-            node.y = make(node.out[0], node)
-        return
-    for name, value in zip(op.kept_names, node.saved, strict=True):
-        setattr(node, name, value._data if isinstance(value, Value) else value)
-    if node.out is not None:
-        node.y = node.out[0]
-    if node.aux is not None:
-        for name, value in zip(op.aux, node.aux, strict=True):
-            setattr(node, name, value)
-
-
-def forget(op: Op, node: Node) -> None:
-    """Take the unboxed values off again: a kept graph must not hold arrays a second time."""
     fields = node.__dict__
-    for name in op.kept_names:
-        fields.pop(name, None)
+    for name, value in zip(op.kept_names, node.saved, strict=True):
+        fields[name] = value._data if not as_tensors and isinstance(value, Value) else value
     if node.out is not None:
-        fields.pop("y", None)
-    for name in op.aux:
-        fields.pop(name, None)
+        fields["y"] = make(node.out[0], node) if as_tensors else node.out[0]
+    if node.aux is not None and not as_tensors:
+        fields.update(zip(op.aux, node.aux, strict=True))
 
 
-def make(data: Any, node: Node | None = None) -> Value:
-    """A Tensor over `data` (a NumPy scalar becomes a 0-d array), made by `node` if given."""
-    t = _new(_tensor)
-    t._data = data if data.__class__ is _ndarray else np.asarray(data)
-    t._node = node
-    t._requires_grad = node is not None
-    t._grad = t._version = t._base = None
-    return t
-
-
-def edge_of(value: Any) -> Any:
-    """Where the gradient of an input goes: its node, the leaf Tensor itself, or None."""
-    if not isinstance(value, Value) or not value._requires_grad:
-        return None
-    if value._base is not None:
-        value._refresh_view()
-    return value._node or value
+def _sum_if_broadcast(g: Any, shape: tuple[int, ...]) -> Any:
+    return g if g is None or g.shape == shape else sum_to_shape(g, shape)
 
 
 def record(op: Op, inputs: tuple[Any, ...], result: Value, attrs: dict[str, Any]) -> Node:
     """Attach to `result` the node that says how it came from `inputs`."""
-    node = Node(op, tuple([edge_of(v) for v in inputs]), ())
+    node = Node(op, tuple([edge_of(v) for v in inputs]))
     if attrs:
         node.__dict__.update(attrs)
     op.save(node, inputs, result)
@@ -263,13 +141,14 @@ def sum_to_shape(grad: Any, shape: tuple[int, ...]) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------
-# dispatchers: what a call of an op does. Binary and unary ones are spelt out because a small
-# multiply must cost about what its NumPy call costs (benchmarks/ops.py).
+# Dispatchers: what a call of an op does. The binary one is spelt out because a small multiply
+# with gradient must cost about what its NumPy call costs (benchmarks/ops.py).
 
 
 def _binary(op: Op, promote: Callable[..., Any] | None) -> Callable[..., Any]:
     forward = op.forward
     differentiable = op.vjp is not None
+    keep, keeps_out = op.keep, op.keeps_out
 
     def call(a: Any, b: Any) -> Any:
         try:
@@ -277,6 +156,7 @@ def _binary(op: Op, promote: Callable[..., Any] | None) -> Callable[..., Any]:
             y = b._data
             if promote is not None and x.dtype is not y.dtype:
                 return promote(call, a, b)
+            wanted = a._requires_grad or b._requires_grad
         except AttributeError:
             if not isinstance(a, Value):
                 if not isinstance(b, Value):
@@ -285,25 +165,40 @@ def _binary(op: Op, promote: Callable[..., Any] | None) -> Callable[..., Any]:
             if b.__class__ not in SCALARS or (promote and not promote.keeps(x, b)):
                 return promote(call, a, b) if promote else call(a, make(np.asarray(b)))
             y = b
+            wanted = a._requires_grad
         try:
             out = forward(x, y)
         except ValueError as error:
             raise broadcast_error(x, y, error) from None
-        t = _new(_tensor)
+        t = new(nodes._tensor)
         t._data = out if out.__class__ is _ndarray else np.asarray(out)
         t._grad = t._version = t._base = None
-        if (
-            differentiable
-            and (a._requires_grad or (y is not b and b._requires_grad))
-            and _recording()
-        ):
-            node = t._node = Node(op, (edge_of(a), edge_of(b)), ())
-            node.shapes = (x.shape, () if y is b else y.shape)
-            op.save(node, (a, b), t)
-            t._requires_grad = True
-        else:
+        if not (wanted and differentiable and _recording()):
             t._node = None
             t._requires_grad = False
+            return t
+        node = new(Node)
+        node.op = op
+        plain = y is not b and a._base is None and b._base is None
+        node.edges = (
+            (a._node or a if a._requires_grad else None, b._node or b if b._requires_grad else None)
+            if plain
+            else (edge_of(a), edge_of(b))
+        )
+        node.aux = node.out = node.versions = node.hooks = None
+        node.shapes = (x.shape, () if y is b else y.shape)
+        node.seq = next_seq()
+        if keep:
+            if plain and len(keep) == 2 and a._version is None and b._version is None:
+                node.saved = (a, b)
+            else:
+                op.save(node, (a, b), None)
+        else:
+            node.saved = ()
+        if keeps_out:
+            save_result(node, t)
+        t._node = node
+        t._requires_grad = True
         return t
 
     return call
@@ -341,7 +236,7 @@ def _general(op: Op, view: bool, outputs: int) -> Callable[..., Any]:
             aux = tuple(rest)
         if not boxed:
             return result
-        recording = differentiable and any([v._requires_grad for v in boxed]) and _recording()
+        recording = differentiable and _recording() and any(v._requires_grad for v in boxed)
         if outputs != 1:
             return _several(op, inputs, result, attrs, recording, outputs, view)
         t = make(result)
@@ -363,33 +258,19 @@ def _several(
     """Box the results of an op with many. The first `outputs` (-1: all) are differentiable."""
     tensors = tuple([make(r) for r in results])
     if recording:
-        node = Node(op, tuple([edge_of(v) for v in inputs]), ())
+        node = Node(op, tuple([edge_of(v) for v in inputs]))
         node.__dict__.update(attrs)
         node.shapes = tuple([v._data.shape if isinstance(v, Value) else () for v in inputs])
         op.save(node, inputs, None)
         differentiable = tensors if outputs < 0 else tensors[:outputs]
         for i, t in enumerate(differentiable):
-            t._node = Node(SELECT, (node,), ())
-            t._node.index, t._node.total = i, len(differentiable)
+            t._node = select_output(node, i, len(differentiable))
             t._requires_grad = True
     if view:
         for t in tensors:
             t._share(inputs[0])
             t._one_of_many = True
     return tensors
-
-
-class _Select:
-    """The op of a result among several: its node carries a gradient to its place in a list.
-
-    The engine hands the node of the whole op that list, with None for what got no gradient.
-    """
-
-    name = "select_output"
-    keep: tuple[int, ...] = ()
-
-
-SELECT = _Select()
 
 
 def define(
@@ -416,7 +297,8 @@ def define(
                view, or `g` itself: never a saved array, never one new array twice (the engine
                hands new arrays to `.grad` without a copy). Gradients of pointwise ops may keep
                the broadcast shape if `broadcasts`. `n.needs[i]` tells whether anybody wants the
-               gradient of input i, `n.shapes[i]` is its shape. No vjp: the result never requires grad.
+               gradient of input i, `n.shapes[i]` is its shape. No vjp: the result
+               never requires grad.
     saves      names among the inputs, and "y" for the result.
     inputs     names of the array inputs; by default forward's positional parameters ("x" or
                "a b" for NumPy functions).

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from dtrain import dtypes
-from dtrain.autograd.op import SCALARS, define, make
+from dtrain.autograd.node import make
+from dtrain.autograd.op import SCALARS, define
 from dtrain.autograd.value import Value
 from dtrain.dtypes import Category
 

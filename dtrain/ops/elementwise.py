@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from dtrain import dtypes
-from dtrain.autograd.op import define, make
+from dtrain.autograd.node import make
+from dtrain.autograd.op import define
 from dtrain.autograd.promotion import ARITHMETIC, FLOATING, cast, together
 from dtrain.autograd.value import Value
 

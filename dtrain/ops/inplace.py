@@ -17,7 +17,8 @@ import numpy as np
 
 from dtrain import dtypes
 from dtrain.autograd.grad_mode import grad_enabled
-from dtrain.autograd.op import make, record
+from dtrain.autograd.node import make
+from dtrain.autograd.op import record
 from dtrain.autograd.value import Value, Version
 from dtrain.ops.index import getitem, index_put, plain_index
 

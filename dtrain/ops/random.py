@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dtrain import dtypes
-from dtrain.autograd.op import make
+from dtrain.autograd.node import make
 from dtrain.autograd.value import Value
 from dtrain.generator import Generator
 from dtrain.ops.create import finish, shape_of

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from dtrain.autograd.op import define, make
+from dtrain.autograd.node import make
+from dtrain.autograd.op import define
 from dtrain.ops.index import take_along_dim
 from dtrain.ops.reduce import values_and_indices
 from dtrain.ops.shape import axis_of
