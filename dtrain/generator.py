@@ -183,8 +183,9 @@ class Generator:
 
     def _normal_pairs(self, n: int) -> list[float]:
         out = [] if self._second_normal is None else [self._second_normal]
-        while len(out) < n:
-            turn, tail = self._f64(2).tolist()
+        missing = max(n - len(out), 0)
+        uniforms = self._f64(missing + missing % 2).tolist()
+        for turn, tail in zip(uniforms[0::2], uniforms[1::2], strict=True):
             radius, angle = math.sqrt(-2.0 * math.log1p(-tail)), 2.0 * math.pi * turn
             out += [radius * math.cos(angle), radius * math.sin(angle)]
         self._second_normal = out.pop() if len(out) > n else None
