@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import threading
 import time
 import weakref
 
@@ -40,16 +39,11 @@ class LocalTransport(Transport):
                 " other processes; use 'zmq'"
             )
         self._peers = [_endpoints[peer.address] for peer in peers]
-        # One lock per destination: a message is written in two steps that must not mix with another's.
-        self._order = [threading.Lock() for _ in peers]
 
     def _send(self, dst: int, tag: int, buf: Array, note: bytes) -> None:
         self._check_alive(dst)
         box = self._peers[dst].mailbox
-        with self._order[dst]:
-            box.begin(self.rank, tag, note, buf.nbytes)
-            if buf.nbytes:
-                box.write(self.rank, as_bytes(buf), buf.nbytes, owned=False)
+        box.begin(self.rank, tag, note, buf.nbytes, as_bytes(buf), owned=False)
 
     def _tell(self, dst: int, body: bytes) -> None:
         self._check_alive(dst)

@@ -88,11 +88,11 @@ class Incoming:
         self.chunks = []
         self._settle()
 
-    def write(self, chunk: Any, nbytes: int) -> None:
+    def write(self, chunk: Any) -> None:
         if self.receive is not None:
             self._copy(chunk)
         else:
-            self.got += nbytes
+            self.got += len(chunk)
             if not self.refused:
                 self.chunks.append(chunk)
         self._settle()
@@ -122,6 +122,11 @@ class Mailbox:
         self._arriving: dict[int, Incoming] = {}  # {source: message whose last chunk is not here}
         self._news: deque[tuple[int, bytes]] = deque()
         self._arrivals = 0
+
+    def touch(self) -> None:
+        """Wake every thread that waits for something to change."""
+        with self.changed:
+            self._moved()
 
     def _moved(self) -> None:
         self.version += 1
@@ -162,36 +167,50 @@ class Mailbox:
             del self._early[src, tag]
         return incoming
 
-    def begin(self, src: int, tag: int, note: bytes, nbytes: int) -> None:
-        """A message of `nbytes` starts to arrive from `src`; its bytes follow by `write`."""
+    def begin(
+        self, src: int, tag: int, note: bytes, nbytes: int, chunk: Any = None, *, owned: bool = True
+    ) -> None:
+        """A message of `nbytes` arrives from `src`, with its first `chunk`; the others follow by `write`.
+
+        A chunk that has to wait for its receive is kept by reference if it is `owned`, else copied.
+        """
         with self.changed:
             self._arrivals += 1
             incoming = Incoming(src, note, nbytes, self._arrivals)
-            posted = self._posted.get(tag, [])
-            for i, receive in enumerate(posted):
-                if receive.src in (src, ANY_SOURCE):
-                    del posted[i]
-                    if not posted:
-                        del self._posted[tag]
-                    incoming.attach(receive)
-                    break
+            receive = self._take_posted(src, tag)
+            if receive is not None:
+                incoming.attach(receive)
             else:
                 self._early.setdefault((src, tag), deque()).append(incoming)
             if nbytes:
                 self._arriving[src] = incoming
-            self._moved()
+                self._write(incoming, chunk, owned)
+            elif receive is not None:
+                self._moved()
 
-    def write(self, src: int, chunk: Any, nbytes: int, *, owned: bool = True) -> None:
-        """The next bytes of the message arriving from `src`; kept by reference if `owned`."""
+    def _take_posted(self, src: int, tag: int) -> Receive | None:
+        posted = self._posted.get(tag, ())
+        for i, receive in enumerate(posted):
+            if receive.src in (src, ANY_SOURCE):
+                del self._posted[tag][i]
+                if not posted:
+                    del self._posted[tag]
+                return receive
+        return None
+
+    def write(self, src: int, chunk: Any) -> None:
+        """The next bytes of the message arriving from `src`, to be kept by reference."""
         with self.changed:
             incoming = self._arriving.get(src)
-            if incoming is None:  # lost in the middle of its message
-                return
-            if incoming.receive is None and not owned:
-                chunk = bytes(chunk)
-            incoming.write(chunk, nbytes)
-            if incoming.got >= incoming.nbytes:
-                del self._arriving[src]
+            if incoming is not None:  # else: lost in the middle of its message
+                self._write(incoming, chunk, True)
+
+    def _write(self, incoming: Incoming, chunk: Any, owned: bool) -> None:
+        if incoming.receive is None and not owned:
+            chunk = bytes(chunk)
+        incoming.write(chunk)
+        if incoming.got >= incoming.nbytes:
+            del self._arriving[incoming.src]
             self._moved()
 
     def add_news(self, src: int, body: bytes) -> None:

@@ -1,0 +1,148 @@
+"""The only place that opens ZeroMQ contexts and sockets, sets their limits, and binds.
+
+Owns: every socket option of the project, the addresses that may be bound, the directories of unix sockets.
+Rules: 1. a socket listens on loopback, or on a unix path inside a directory of mode 0700; on nothing else. 2. A frame has
+a maximum size that is checked before it is allocated. 3. Nothing is dropped silently and nothing lingers: LINGER is 0
+unless a close asks for time to deliver. 4. A broken connection stays broken; a peer that comes back is a new peer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import zmq
+
+from dtrain.errors import DistNetworkError
+from dtrain.wire import CHUNK
+
+__all__ = ["Listener", "context", "listen", "open_socket", "remove_leftover"]
+
+# sun_path holds 108 bytes with the closing zero.
+MAX_UNIX_PATH = 107
+
+MAX_FRAME = CHUNK + 64 * 1024
+MAX_STORE_FRAME = 64 << 20
+
+_HANDSHAKE_MS = 10_000
+_BACKLOG = 1024
+# The I/O thread answers heartbeats by itself, so that only a stopped or unreachable process misses them.
+_HEARTBEAT_MS = 1_000
+_HEARTBEAT_TIMEOUT_MS = 4_000
+
+_PREFIX = "dtrain-"
+
+
+def context() -> zmq.Context[zmq.Socket[bytes]]:
+    """A context of its own for each transport and store: closing it gives everything back at a known moment."""
+    made: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    made.setsockopt(zmq.BLOCKY, False)
+    made.setsockopt(zmq.MAX_SOCKETS, 4096)
+    return made
+
+
+def open_socket(
+    ctx: zmq.Context[zmq.Socket[bytes]],
+    kind: int,
+    *,
+    max_frame: int = MAX_FRAME,
+    receive_limit: int = 64,
+    reconnect: bool = False,
+) -> zmq.Socket[bytes]:
+    """A socket with the project's options.
+
+    The queue of what is sent has no limit (it holds references to arrays, and a limit would block or drop); the queue
+    of what was received holds `receive_limit` frames per peer, the rest stays with the sender.
+    """
+    socket = ctx.socket(kind)
+    options = {
+        zmq.LINGER: 0,
+        zmq.MAXMSGSIZE: max_frame,
+        zmq.HANDSHAKE_IVL: _HANDSHAKE_MS,
+        zmq.HEARTBEAT_IVL: _HEARTBEAT_MS,
+        zmq.HEARTBEAT_TIMEOUT: _HEARTBEAT_TIMEOUT_MS,
+        zmq.HEARTBEAT_TTL: _HEARTBEAT_TIMEOUT_MS,
+        zmq.BACKLOG: _BACKLOG,
+        zmq.SNDHWM: 0,
+        zmq.RCVHWM: receive_limit,
+        zmq.RECONNECT_IVL: 50 if reconnect else -1,
+    }
+    if kind == zmq.ROUTER:
+        options[zmq.ROUTER_MANDATORY] = 1
+    for option, value in options.items():
+        socket.setsockopt(option, value)
+    return socket
+
+
+@dataclass(slots=True)
+class Listener:
+    """A bound address, and what has to be removed from the file system when it is closed."""
+
+    address: str
+    directory: Path | None = None
+
+    def remove(self) -> None:
+        """Remove the socket's directory; call it after the socket is closed. Idempotent."""
+        if self.directory is not None:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            self.directory = None
+
+
+def listen(socket: zmq.Socket[bytes], where: str = "ipc") -> Listener:
+    """Bind `socket`; the one call of `bind` in the project.
+
+    `where`: "ipc" for a unix socket in a fresh directory of mode 0700, or "tcp://HOST[:PORT]" with a loopback host;
+    port 0 (the default) takes a free one. Raises `DistNetworkError` for an address that is taken or not allowed.
+    """
+    directory = None
+    if where == "ipc":
+        directory = _fresh_directory()
+        where = f"ipc://{directory}/s"
+    else:
+        where = _loopback(where)
+    try:
+        socket.bind(where)
+    except zmq.ZMQError as error:
+        Listener(where, directory).remove()
+        raise DistNetworkError(
+            f"cannot listen on {where}: {error.strerror}", address=where
+        ) from error
+    return Listener(socket.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode(), directory)  # type: ignore[union-attr]
+
+
+def _fresh_directory() -> Path:
+    """A new private directory whose socket path fits into sun_path."""
+    for base in (tempfile.gettempdir(), "/tmp"):
+        if len(os.fsencode(base)) + len(_PREFIX) + 16 <= MAX_UNIX_PATH and os.access(base, os.W_OK):
+            return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
+    raise DistNetworkError(
+        f"no directory for unix sockets: {tempfile.gettempdir()} is too long (a socket's path has at most"
+        f" {MAX_UNIX_PATH} bytes) and /tmp is not writable; set TMPDIR"
+    )
+
+
+def _loopback(where: str) -> str:
+    host, _, port = where.removeprefix("tcp://").rpartition(":")
+    if not host:
+        host, port = port, "0"
+    name = "127.0.0.1" if host == "localhost" else host.strip("[]")
+    with contextlib.suppress(ValueError):
+        if ipaddress.ip_address(name).is_loopback:
+            return f"tcp://{f'[{name}]' if ':' in name else name}:{port}"
+    raise DistNetworkError(
+        f"refusing to listen on {where}: connections are not authenticated, so only loopback addresses"
+        " (127.0.0.1, localhost) and unix sockets are allowed",
+        address=where,
+    )
+
+
+def remove_leftover(address: str) -> None:
+    """Remove the unix socket of a peer on this host that died without doing so itself."""
+    path = Path(address.removeprefix("ipc://"))
+    if address.startswith("ipc://") and path.parent.name.startswith(_PREFIX):
+        shutil.rmtree(path.parent, ignore_errors=True)

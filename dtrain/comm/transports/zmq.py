@@ -1,0 +1,330 @@
+"""Ranks as processes (or threads): messages over unix sockets on one host, or over TCP on loopback.
+
+Owns: two sockets per rank. `inbox` (DEALER, bound) takes what everybody sends; `outbox` (ROUTER, connecting) has one
+connection per peer, made when the peer is first talked to or waited for. Its monitor sees connections break.
+A message is [header + note | first chunk] and, if longer than a chunk, further [header | chunk] messages.
+
+[Note: how a death is told from a goodbye] A rank that closes sends GOODBYE behind everything else to every peer, waits
+until that is written, and only then closes its inbox. Everybody who waits for a rank holds a connection to its inbox. So
+a connection that breaks, or is refused, means: the goodbye is here, or will be read within `GRACE` (both are in this
+host's kernel), or there is none, and the peer has died.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+import threading
+import time
+from collections import deque
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from dtrain.comm import security
+from dtrain.comm.store.base import Store
+from dtrain.comm.topology import host_id
+from dtrain.comm.transports.base import Transport, rendezvous
+from dtrain.comm.transports.mailbox import ANY_SOURCE, Array, as_bytes
+from dtrain.errors import DistNetworkError, PeerLost, TransportTimeout
+from dtrain.wire import CHUNK, Header, WireError, pack, unpack
+
+__all__ = ["ZmqTransport"]
+
+# Kinds of messages. INLINE carries note and payload behind its header, DATA in a second frame.
+INLINE, DATA, MORE, NEWS, GOODBYE, WAKE = range(6)
+
+GRACE = 0.2
+
+# One short frame costs less than two.
+_INLINE_BELOW = 8 * 1024
+
+# pyzmq copies shorter frames faster than it can hand over a reference.
+_COPY_BELOW = 64 * 1024
+
+# How often a flush that has to wait looks whether the peer is still there.
+_FLUSH_LOOK = 0.05
+
+_log = logging.getLogger("dtrain.comm")
+
+_IN = zmq.POLLIN
+_BROKEN = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+
+
+class _Unreachable(Exception):
+    """The connection to this peer has broken; whether it died is not known yet."""
+
+
+class ZmqTransport(Transport):
+    """One rank's end of a group over ZeroMQ.
+
+    `where` is "ipc" (unix sockets, the default) or "tcp://127.0.0.1". Sending is zero-copy for arrays of 64 KiB and
+    more; receiving copies once, from the socket's frame to where the array belongs.
+    """
+
+    name = "zmq"
+
+    def __init__(
+        self, store: Store, rank: int, size: int, timeout: float, *, where: str = "ipc"
+    ) -> None:
+        super().__init__(rank, size)
+        self._listener: security.Listener | None = None
+        # Two contexts, because only the end of a context tells that all it had to send is written.
+        self._in_context, self._out_context = security.context(), security.context()
+        try:
+            self._open(store, where, timeout)
+        except BaseException:
+            self._destroy(linger=0.0)
+            raise
+
+    def _open(self, store: Store, where: str, timeout: float) -> None:
+        self._inbox = security.open_socket(self._in_context, zmq.DEALER)
+        self._listener = security.listen(self._inbox, where)
+        self._outbox = security.open_socket(self._out_context, zmq.ROUTER)
+        self._monitor = self._outbox.get_monitor_socket(_BROKEN)
+        self._peers = rendezvous(store, self.rank, self.size, self._listener.address, timeout)
+        self._check_reachable()
+        addresses = [peer.address for peer in self._peers]
+        self._rank_at = {address: r for r, address in enumerate(addresses)}
+        self._job = _job_of(addresses)
+        self._ids = [f"r{r}".encode() for r in range(self.size)]
+        self._connected: set[int] = set()
+        self._out_lock = threading.Lock()  # guards the outbox and `_connected`
+        self._in_flight: deque[tuple[int, zmq.MessageTracker]] = deque()  # (destination, tracker)
+        self._pumping = False  # whether a thread is inside the inbox; changes under the mailbox's lock
+        self._suspects: dict[int, float] = {}  # {peer whose connection broke: when that means death}
+
+    def _check_reachable(self) -> None:
+        far = [r for r, peer in enumerate(self._peers) if peer.host != host_id()]
+        if far:
+            raise DistNetworkError(
+                f"ranks {far} are on other hosts than rank {self.rank}: transport 'zmq' connects the"
+                " ranks of one host"
+            )
+
+    # ---- sending
+
+    def _send(self, dst: int, tag: int, buf: Array, note: bytes) -> None:
+        try:
+            if buf.nbytes < _INLINE_BELOW:
+                header = Header(INLINE, self.rank, tag, buf.nbytes, self._job)
+                self._emit(dst, pack(header, note + as_bytes(buf).tobytes()))
+            else:
+                self._send_chunks(dst, tag, as_bytes(buf), note)
+        except _Unreachable:
+            raise self._loss_of(dst) from None
+
+    def _send_chunks(self, dst: int, tag: int, data: Array, note: bytes) -> None:
+        with self._out_lock:  # for all chunks: they must not mix with those of another message
+            for start in range(0, data.nbytes, CHUNK):
+                kind, extra = (MORE, b"") if start else (DATA, note)
+                head = pack(Header(kind, self.rank, tag, data.nbytes, self._job), extra)
+                chunk = data[start : start + CHUNK].data
+                self._push(dst, head, zmq.SNDMORE)
+                if data.nbytes < _COPY_BELOW:
+                    self._outbox.send(chunk)
+                else:
+                    frame = zmq.Frame(chunk, track=True, copy=False, copy_threshold=0)
+                    self._outbox.send(frame, copy=False)
+                    self._in_flight.append((dst, frame.tracker))  # type: ignore[arg-type]
+
+    def _tell(self, dst: int, body: bytes) -> None:
+        try:
+            self._emit(dst, pack(Header(NEWS, self.rank, job=self._job), body))
+        except _Unreachable:
+            raise self._loss_of(dst) from None
+
+    def _emit(self, dst: int, frame: bytes) -> None:
+        with self._out_lock:
+            self._push(dst, frame, 0)
+
+    def _push(self, dst: int, frame: bytes, flags: int) -> None:
+        """Begin a message to `dst`; with `_out_lock` held."""
+        if dst in self.mailbox.lost:
+            raise self.mailbox.lost[dst].copy()
+        self._connect(dst)
+        try:
+            self._outbox.send(self._ids[dst], zmq.SNDMORE)
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            raise _Unreachable from None
+        self._outbox.send(frame, flags)
+
+    def _connect(self, peer: int) -> None:
+        if peer not in self._connected:
+            self._outbox.setsockopt(zmq.CONNECT_ROUTING_ID, self._ids[peer])
+            self._outbox.connect(self._peers[peer].address)
+            self._connected.add(peer)
+
+    def _loss_of(self, peer: int) -> PeerLost:
+        """Wait until it is known whether `peer`, whose connection has broken, died or said goodbye."""
+        self._suspects.setdefault(peer, time.monotonic() + GRACE)
+        self.wait_until(lambda: peer in self.mailbox.lost, time.monotonic() + 5 * GRACE)
+        loss = self.mailbox.lost.get(peer, PeerLost(peer))
+        return PeerLost(peer, orderly=loss.orderly)
+
+    def flush(self, deadline: float) -> None:
+        while self._in_flight:
+            self.check_usable()
+            dst, tracker = item = self._in_flight[0]
+            if not tracker.done:
+                self._await_tracker(dst, tracker, deadline)
+            with self._out_lock:
+                if self._in_flight and self._in_flight[0] is item:
+                    self._in_flight.popleft()
+
+    def _await_tracker(self, dst: int, tracker: zmq.MessageTracker, deadline: float) -> None:
+        while True:
+            left = deadline - time.monotonic()
+            try:
+                tracker.wait(max(0.0, min(left, _FLUSH_LOOK)))
+            except zmq.NotDone:
+                # The tracker of a frame for a dead peer may never come: look for news of the peer.
+                self._watch(dst)
+                self.wait_until(lambda: True, 0.0)
+                self._advance(self.mailbox.version, 0.0)
+            else:
+                return
+            if dst in self.mailbox.lost:
+                raise self.mailbox.lost[dst].copy()
+            if self.mailbox.failure is not None:
+                raise self.mailbox.failure
+            if left <= 0:
+                raise TransportTimeout(dst)
+
+    # ---- receiving
+
+    def _watch(self, src: int) -> None:
+        wanted = range(self.size) if src == ANY_SOURCE else (src,)
+        missing = [r for r in wanted if r not in self._connected and r != self.rank]
+        if missing:
+            with self._out_lock:
+                for peer in missing:
+                    self._connect(peer)
+
+    def _advance(self, version: int, deadline: float) -> None:
+        """One of the waiting threads looks into the inbox, the others wait for it to hand on that duty."""
+        box = self.mailbox
+        with box.changed:
+            if box.version != version:
+                return
+            if self._pumping:
+                box.changed.wait(max(0.0, deadline - time.monotonic()))
+                return
+            self._pumping = True
+        try:
+            self._pump(deadline)
+        finally:
+            with box.changed:
+                self._pumping = False
+                box.changed.notify_all()
+
+    def _pump(self, deadline: float) -> None:
+        """Wait for one message, or for a connection to break."""
+        until = min(deadline, *self._suspects.values()) if self._suspects else deadline
+        patience = max(0, math.ceil((until - time.monotonic()) * 1000))
+        ready = [s for s, _ in zmq.zmq_poll([(self._inbox, _IN), (self._monitor, _IN)], patience)]
+        if self._inbox in ready:
+            self._receive()
+        elif self._monitor in ready:  # only when the inbox is empty: a goodbye comes first
+            self._note_break()
+        elif self._suspects:
+            self._judge()
+
+    def _receive(self) -> None:
+        """Take one message out of the inbox."""
+        head = self._inbox.recv(zmq.DONTWAIT)
+        try:
+            header, body = unpack(head)
+        except WireError:
+            header, body = Header(-1), b""
+        frames = []
+        while self._inbox.rcvmore:
+            frames.append(self._inbox.recv(zmq.DONTWAIT, copy=False))
+        if header.job != self._job or not 0 <= header.src < self.size:
+            _log.warning("rank %d ignored a message that does not belong to its job", self.rank)
+            return
+        self._deliver(header, body, frames[0].buffer if frames else None)
+
+    def _deliver(self, header: Header, body: bytes, chunk: memoryview | None) -> None:
+        kind, src, tag, nbytes, _ = header
+        if kind == INLINE:
+            cut = len(body) - nbytes
+            self.mailbox.begin(src, tag, body[:cut], nbytes, body[cut:])
+        elif kind == DATA:
+            self.mailbox.begin(src, tag, body, nbytes, chunk)
+        elif kind == MORE:
+            self.mailbox.write(src, chunk)
+        elif kind == NEWS:
+            self.mailbox.add_news(src, body)
+        elif kind == GOODBYE:
+            self._suspects.pop(src, None)
+            self.mailbox.lose(src, PeerLost(src, orderly=True))
+        else:
+            self.mailbox.touch()
+
+    def _note_break(self) -> None:
+        event = parse_monitor_message(self._monitor.recv_multipart(zmq.DONTWAIT))
+        peer = self._rank_at.get(event["endpoint"].decode())
+        if peer is not None and peer not in self.mailbox.lost:
+            self._suspects.setdefault(peer, time.monotonic() + GRACE)
+
+    def _judge(self) -> None:
+        """Declare dead the suspects that have not said goodbye in time."""
+        now = time.monotonic()
+        for peer, expiry in list(self._suspects.items()):
+            if now >= expiry:
+                self._suspects.pop(peer, None)
+                self.mailbox.lose(peer, PeerLost(peer))
+
+    def _wake(self) -> None:
+        if self._pumping:
+            self._emit(self.rank, pack(Header(WAKE, self.rank, job=self._job)))
+
+    # ---- the end
+
+    def close(self, timeout: float = 1.0) -> None:
+        if self._leave():
+            for peer in range(self.size):
+                self._say_goodbye(peer)
+            self._destroy(timeout)
+            for peer, loss in self.mailbox.lost.items():
+                if not loss.orderly:
+                    security.remove_leftover(self._peers[peer].address)
+
+    def abandon(self) -> None:
+        if self._leave():
+            self._destroy(linger=0.0)
+
+    def _leave(self) -> bool:
+        """Stop everything of this rank; False when there is nothing (more) to close here."""
+        if self.closed or os.getpid() != self._owner:
+            return False
+        self.closed = True
+        self.fail(PeerLost(self.rank, orderly=True))
+        with self.mailbox.changed:  # nobody else may be inside a socket that is closed
+            self.mailbox.changed.wait_for(lambda: not self._pumping, 1.0)
+        return True
+
+    def _say_goodbye(self, peer: int) -> None:
+        if peer == self.rank or peer in self.mailbox.lost:
+            return
+        try:
+            self._emit(peer, pack(Header(GOODBYE, self.rank, job=self._job)))
+        except _Unreachable:
+            pass  # it is gone already: nobody is left who would want to know
+
+    def _destroy(self, linger: float) -> None:
+        self._out_context.destroy(linger=round(linger * 1000))
+        self._in_context.destroy(linger=0)
+        if self._listener is not None:
+            self._listener.remove()
+
+
+def _job_of(addresses: list[str]) -> int:
+    """A number that only ranks of one group share: their addresses are fresh and random."""
+    digest = hashlib.sha256("\n".join(addresses).encode()).digest()
+    return int.from_bytes(digest[:8], "little")
