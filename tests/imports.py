@@ -15,7 +15,7 @@ from dataclasses import dataclass
 # (`dtrain.comm`, `dtrain.nn` ...); the two towers never see each other. A module without a row is
 # an error: give it one.
 BASE = (
-    *("errors", "env", "log", "wire", "version"),
+    *("errors", "env", "logs", "wire", "version"),
     *("dtypes", "device", "draws", "generator", "random"),
 )
 COMPUTE = (
