@@ -16,7 +16,7 @@ from dataclasses import dataclass
 # an error: give it one.
 BASE = (
     *("errors", "env", "logs", "wire", "version"),
-    *("dtypes", "device", "draws", "generator", "random"),
+    *("cuda", "device", "draws", "dtypes", "generator", "random", "threads"),
 )
 COMPUTE = (
     ("autograd",),
@@ -28,7 +28,8 @@ COMPUTE = (
 )
 COMM = (
     ("comm.store", "comm.transports", "comm.security", "comm.topology", "comm.work"),
-    ("comm.channel", "comm.collectives", "comm.algorithms", "comm.reduce", "comm.record"),
+    ("comm.channel", "comm.collectives", "comm.algorithms", "comm.reduce"),
+    ("comm.agreement", "comm.point_to_point", "comm.record"),
     ("comm.group",),
     ("comm",),
 )
@@ -43,7 +44,7 @@ CORE = {"numpy", "zmq", "msgpack", "ml_dtypes"}
 # Heavy and seldom needed: imported inside the function that needs them.
 LAZY = {"cloudpickle", "psutil", "safetensors", "threadpoolctl"}
 # A package's face may load sub-packages when they are first asked for, a registry what it lists.
-DYNAMIC = {"dtrain", "dtrain.nn", "dtrain.utils", "dtrain.distributed"}
+DYNAMIC = {"dtrain", "dtrain.autograd", "dtrain.nn", "dtrain.utils", "dtrain.distributed"}
 DYNAMIC |= {"dtrain.comm.transports.base"}
 
 
@@ -85,8 +86,8 @@ def layer_of(module: str) -> Layer | None:
     table, parent = layers(), module
     while parent not in table and "." in parent:
         parent = parent.rpartition(".")[0]
-    # Everything is below `dtrain`: only the package itself stands on its row.
-    return None if parent == "dtrain" != module else table.get(parent)
+    # Everything is below these two: only the package itself stands on its row.
+    return None if parent in ("dtrain", "dtrain.comm") and parent != module else table.get(parent)
 
 
 def may_import(source: Layer, target: Layer) -> bool:
