@@ -40,15 +40,16 @@ class Parser(argparse.ArgumentParser):
         underscored = f"--{name[2:].replace('-', '_')}"
         names = [n for n in (short, *dict.fromkeys((name, underscored))) if n is not None]
         self.flags += (name,)
-        preset = os.environ.get(f"PET_{underscored[2:].upper()}")
+        variable = f"PET_{underscored[2:].upper()}"
+        preset = os.environ.get(variable)
         if preset is not None:
             is_switch = options.get("action") == "store_true"
-            options["default"] = self._switch(name, preset) if is_switch else preset
+            options["default"] = self._switch(variable, preset) if is_switch else preset
         self.add_argument(*names, **options)  # type: ignore[arg-type]
 
-    def _switch(self, name: str, preset: str) -> bool:
+    def _switch(self, variable: str, preset: str) -> bool:
         if preset not in ("0", "1"):
-            self.error(f"the environment variable for {name} must be 0 or 1, got {preset!r}")
+            self.error(f"{variable} must be 0 or 1, got {preset!r}")
         return preset == "1"
 
 
@@ -127,7 +128,7 @@ def _refuse_unknown(parser: Parser, unknown: Sequence[str]) -> None:
         parser.error(f"{name} is not supported yet")
     import difflib
 
-    known = {flag.replace("_", "-") for flag in parser.flags}
-    near = difflib.get_close_matches(name, known, n=1)
+    near = [flag for flag in parser.flags if flag.startswith(name)]
+    near += difflib.get_close_matches(name, parser.flags, n=1)
     hint = f"; did you mean {near[0]}?" if near else "; see dtrun --help"
     parser.error(f"unknown flag {unknown[0]}{hint}")

@@ -139,6 +139,8 @@ def prefix(template: str | None, nproc: int) -> str:
 
 def log_dir(path: str | None, needed: bool) -> str | None:
     """Where log files go; a temporary place when streams are to be kept and none is named."""
+    if path is not None and os.path.exists(path) and not os.path.isdir(path):
+        raise ValueError(f"--log-dir {path} is not a directory")
     if path is None and needed:
         return os.path.join(os.environ.get("TMPDIR", "/tmp"), TEMPORARY_LOGS)
     return path

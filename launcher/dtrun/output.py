@@ -66,8 +66,8 @@ class Mux:
         if self._owner not in (None, source):
             self.end_line()
         begins = self._last == b"\n" or (self._last == b"\r" and data[:1] != b"\n")
-        # A progress bar begins with a carriage return, and then the prefix comes after that.
-        begins = begins and LINE_START.match(data) is None
+        # A progress bar begins with a carriage return: the prefix comes after that, below.
+        begins = begins and not (data[:1] == b"\r" and data[1:2] not in (b"", b"\n"))
         text = LINE_START.sub(lambda found: found[0] + source.prefix, data)
         source.console.write(source.prefix + text if begins else text)
         self._last = data[-1:]

@@ -1,0 +1,1 @@
+"""Tests of the launcher: pure parts by themselves, processes and signals for real."""

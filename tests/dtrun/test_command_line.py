@@ -1,0 +1,184 @@
+"""Flags to a launch: spellings, defaults from PET_<NAME>, and every refusal in one line."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from dtrun import options
+from dtrun.cli import NOT_YET, make_parser, parse
+from dtrun.spec import MODULE, PROGRAM, SCRIPT, cores
+
+
+@pytest.fixture(autouse=True)
+def script(tmp_path, monkeypatch):
+    """A directory with `train.py` to stand in, and no variable that changes a default."""
+    for name in [name for name in os.environ if name.startswith("PET_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE", raising=False)
+    (tmp_path / "train.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+
+
+def refusal(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(argv)
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out) == (2, "")
+    assert err.startswith("dtrun: error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_defaults():
+    spec = parse(["train.py"])
+    assert (spec.target, spec.args, spec.kind) == ("train.py", (), SCRIPT)
+    assert (spec.nproc, spec.nnodes, spec.node_rank, spec.world_size) == (1, 1, 0, 1)
+    assert (spec.master_addr, spec.master_port, spec.run_id) == ("127.0.0.1", 0, "none")
+    assert (spec.role, spec.max_restarts, spec.log_dir, spec.prefix) == ("default", 0, None, "")
+
+
+@pytest.mark.parametrize("flag", ["--nproc-per-node", "--nproc_per_node"])
+@pytest.mark.parametrize("joined", [True, False])
+def test_dashes_and_underscores(flag, joined):
+    given = [f"{flag}=3"] if joined else [flag, "3"]
+    spec = parse([*given, "train.py"])
+    assert (spec.nproc, spec.prefix) == (3, "[rank${rank}]: ")
+
+
+def test_what_follows_the_script_is_untouched():
+    rest = ["--nproc-per-node", "9", "-m", "--", "-x", "--lr=1", ""]
+    spec = parse(["--nproc-per-node", "2", "train.py", *rest])
+    assert spec.nproc == 2
+    assert spec.args == tuple(rest)
+
+
+def test_everyday_flags():
+    spec = parse(
+        [
+            *("--nnodes", "2", "--nproc-per-node", "2", "--node-rank", "1", "--role", "r"),
+            *("--master-addr", "10.0.0.1", "--master-port", "4711", "--rdzv-id", "job"),
+            *("-r", "1", "-t", "0:2,1:3", "--log-dir", "logs", "--local-ranks-filter", "1"),
+            *("-m", "pkg.mod"),
+        ]
+    )
+    assert (spec.kind, spec.target, spec.world_size, spec.rank(1)) == (MODULE, "pkg.mod", 4, 3)
+    assert (spec.master_addr, spec.master_port, spec.run_id) == ("10.0.0.1", 4711, "job")
+    assert (spec.redirects, spec.tee) == ((1, 1), (2, 3))
+    assert (spec.log_dir, spec.shown, spec.role) == ("logs", {1}, "r")
+
+
+def test_several_nodes_meet_at_torchs_port():
+    assert parse(["--nnodes", "2:2", "train.py"]).master_port == 29500
+
+
+def test_standalone_has_a_run_id_of_its_own():
+    one, other = (parse(["--standalone", "train.py"]).run_id for _ in range(2))
+    assert one != other
+    assert len(one) == 16
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "expected"),
+    [
+        ("localhost:0", ("localhost", 0)),
+        ("localhost", ("localhost", 0)),
+        ("[::1]:80", ("::1", 80)),
+    ],
+)
+def test_c10d_on_one_node_is_honoured(endpoint, expected):
+    spec = parse(["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "train.py"])
+    assert (spec.master_addr, spec.master_port) == expected
+
+
+@pytest.mark.parametrize("text", ["auto", "cpu"])
+def test_one_rank_per_core(text):
+    assert parse(["--nproc-per-node", text, "train.py"]).nproc == cores()
+
+
+def test_defaults_come_from_the_environment(monkeypatch):
+    for name, value in {
+        "NPROC_PER_NODE": "4",
+        "STANDALONE": "1",
+        "MAX_RESTARTS": "2",
+        "MODULE": "0",
+    }.items():
+        monkeypatch.setenv(f"PET_{name}", value)
+    spec = parse(["train.py"])
+    assert (spec.nproc, spec.max_restarts, spec.kind) == (4, 2, SCRIPT)
+    assert spec.run_id != "none"
+    assert parse(["--nproc-per-node", "2", "train.py"]).nproc == 2
+
+
+def test_a_bad_default_from_the_environment_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("PET_NPROC_PER_NODE", "many")
+    assert "--nproc-per-node must be a number" in refusal(["train.py"], capsys)
+    monkeypatch.setenv("PET_NPROC_PER_NODE", "1")
+    monkeypatch.setenv("PET_STANDALONE", "yes")
+    assert "PET_STANDALONE must be 0 or 1, got 'yes'" in refusal(["train.py"], capsys)
+
+
+def test_a_default_for_a_flag_that_is_not_there_yet_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("PET_NUMA_BINDING", "node")
+    assert "PET_NUMA_BINDING is set, but --numa-binding" in refusal(["train.py"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        ("--nproc-per-node 0 train.py", "--nproc-per-node must be a number from 1, auto or cpu"),
+        ("--nproc-per-node -1 train.py", "got '-1'"),
+        ("--nproc-per-node foo train.py", "got 'foo'"),
+        ("--nproc-per-node gpu train.py", "dtrain computes on CPUs"),
+        ("--nproc-per-node", "expected one argument"),
+        ("", "no training script given"),
+        ("nothing.py", "no such script: nothing.py"),
+        (".", ". is a directory, a Python script is needed"),
+        ("--no-python no-such-program", "no such program: no-such-program"),
+        ("-m --no-python train.py", "exclude each other"),
+        ("--nproc 2 train.py", "unknown flag --nproc; did you mean --nproc-per-node?"),
+        ("--max_restart 2 train.py", "did you mean --max-restarts?"),
+        ("--zzz train.py", "unknown flag --zzz; see dtrun --help"),
+        ("--max-restarts -1 train.py", "--max-restarts must be at least 0, got -1"),
+        ("--max-restarts x train.py", "invalid int value: 'x'"),
+        ("--max-restarts 1 --nnodes 2 train.py", "--max-restarts with several nodes"),
+        ("--nnodes 0 train.py", "--nnodes must be a number from 1, got '0'"),
+        ("--nnodes 1:4 train.py", "a changing number of nodes is not supported yet"),
+        ("--nnodes 2 --node-rank 2 train.py", "--node-rank must be in 0..1, got 2"),
+        ("--standalone --nnodes 2 train.py", "--standalone is for one node"),
+        ("--rdzv-backend etcd train.py", "--rdzv-backend etcd is not supported yet"),
+        ("--rdzv-backend c10d --nnodes 2 train.py", "--rdzv-backend c10d is not supported yet"),
+        ("--rdzv-conf timeout=3 train.py", "--rdzv-conf timeout=3 is not supported yet"),
+        ("--rdzv-endpoint host:x train.py", "--rdzv-endpoint: a port is a number"),
+        ("--master-port 65536 train.py", "--master-port: a port is a number in 0..65535"),
+        ("-r 4 train.py", "--redirects must be 0, 1, 2 or 3, or like 0:1,1:3, got '4'"),
+        ("-t 0:1,3 train.py", "--tee must be 0, 1, 2 or 3"),
+        ("-t 1:3 train.py", "--tee: local ranks are 0..0, got '1'"),
+        ("--local-ranks-filter 0,x train.py", "--local-ranks-filter: local ranks are 0..0"),
+        ("--log-dir train.py train.py", "--log-dir train.py is not a directory"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(argv, complaint, capsys):
+    assert complaint in refusal(argv.split(), capsys)
+
+
+@pytest.mark.parametrize("flag", NOT_YET)
+def test_a_torchrun_flag_that_is_not_there_yet_is_refused(flag, capsys):
+    assert f"{flag} is not supported yet" in refusal([f"{flag}=1", "train.py"], capsys)
+    assert flag not in make_parser().flags
+
+
+def test_a_program_is_found_on_the_path():
+    assert parse(["--no-python", "sh", "-c", "true"]).kind == PROGRAM
+
+
+def test_the_prefix_template(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE", "<${rank}>")
+    assert parse(["train.py"]).prefix == "<${rank}>"
+    assert parse(["--log-line-prefix-template", "x", "train.py"]).prefix == "x"
+
+
+def test_kept_streams_need_a_place(monkeypatch):
+    monkeypatch.setenv("TMPDIR", "/var/tmp")
+    assert parse(["-t", "3", "train.py"]).log_dir == f"/var/tmp/{options.TEMPORARY_LOGS}"
