@@ -113,11 +113,13 @@ class StoreTimeout(DistStoreError):
     keys: list[str]
     ranks: list[int]
 
-    def __init__(self, timeout: float, keys: Iterable[str], ranks: Iterable[int] = ()) -> None:
+    def __init__(
+        self, timeout: float, keys: Iterable[str], ranks: Iterable[int] = (), *, why: str = ""
+    ) -> None:
         keys, ranks = list(keys), list(ranks)
         missing = f"no value from ranks {ranks} for" if ranks else "missing"
         super().__init__(
-            f"wait timeout after {timeout:.1f} s, {missing} keys: {', '.join(keys)}",
+            f"wait timeout after {timeout:.1f} s, {why or missing} keys: {', '.join(keys)}",
             timeout=timeout,
             keys=keys,
             ranks=ranks,

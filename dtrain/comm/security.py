@@ -35,7 +35,7 @@ _BACKLOG = 1024
 _HEARTBEAT_MS = 1_000
 _HEARTBEAT_TIMEOUT_MS = 4_000
 
-_PREFIX = "dtrain-"
+_PREFIX = "dtrain-"  # followed by the process id
 
 
 def context() -> zmq.Context[zmq.Socket[bytes]]:
@@ -118,8 +118,8 @@ def listen(socket: zmq.Socket[bytes], where: str = "ipc") -> Listener:
 def _fresh_directory() -> Path:
     """A new private directory whose socket path fits into sun_path."""
     for base in (tempfile.gettempdir(), "/tmp"):
-        if len(os.fsencode(base)) + len(_PREFIX) + 16 <= MAX_UNIX_PATH and os.access(base, os.W_OK):
-            return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
+        if len(os.fsencode(base)) + len(_PREFIX) + 24 <= MAX_UNIX_PATH and os.access(base, os.W_OK):
+            return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=base))
     raise DistNetworkError(
         f"no directory for unix sockets: {tempfile.gettempdir()} is too long (a socket's path has at most"
         f" {MAX_UNIX_PATH} bytes) and /tmp is not writable; set TMPDIR"

@@ -1,0 +1,276 @@
+"""A store served over TCP by one rank (or by the launcher) to all others.
+
+Owns: `StoreServer`, one thread around a ROUTER socket and a `Table`; `TcpStore`, its client.
+Rules: 1. a command that has to wait is parked in the server until it can be answered or its time is over: nobody polls,
+and every command is one round trip. 2. Requests and replies are msgpack. 3. The server lives until it is closed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import zmq
+
+from dtrain.comm import security
+from dtrain.comm.store.base import DEFAULT_TIMEOUT, MUTATING, NotYet, Store, Table, timed_out
+from dtrain.errors import (
+    DistError,
+    DistNetworkError,
+    DistStoreError,
+    ForkedProcessError,
+    StoreTimeout,
+    from_wire,
+    to_wire,
+)
+from dtrain.wire import Header, WireError, dumps, loads, pack, unpack
+
+__all__ = ["StoreServer", "TcpStore"]
+
+_REQUEST, _RESULT, _ERROR = range(3)
+
+# A client gives the server this much longer than the command's own timeout to answer that it has passed.
+_ANSWER_TIME = 2.0
+
+
+@dataclass(slots=True)
+class _Parked:
+    """A command that waits in the server."""
+
+    client: bytes
+    number: int
+    command: str
+    args: list[Any]
+    timeout: float
+    deadline: float
+
+
+class StoreServer:
+    """Serves a store on `host`:`port` (0 takes a free port; see `address`, `port`) until `close`."""
+
+    def __init__(self, host: str = "127.0.0.1", port: int = 0) -> None:
+        self._context = security.context()
+        self._socket = security.open_socket(
+            self._context, zmq.ROUTER, max_frame=security.MAX_STORE_FRAME, receive_limit=1000
+        )
+        try:
+            self.address = security.listen(self._socket, f"tcp://{host}:{port}").address
+        except BaseException:
+            self._context.destroy(linger=0)
+            raise
+        self.port = int(self.address.rpartition(":")[2])
+        self._table = Table()
+        self._parked: list[_Parked] = []
+        self._stop_read, self._stop_write = os.pipe()
+        self._owner = os.getpid()
+        self._closed = False
+        self._thread = threading.Thread(target=self._serve, name="dtrain-store", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop serving; clients that wait see the connection break. Idempotent, waits for the thread."""
+        if self._closed or os.getpid() != self._owner:
+            return
+        self._closed = True
+        os.write(self._stop_write, b"x")
+        self._thread.join()
+        self._context.destroy(linger=100)
+        os.close(self._stop_read)
+        os.close(self._stop_write)
+
+    def _serve(self) -> None:
+        sockets = [(self._socket, zmq.POLLIN), (self._stop_read, zmq.POLLIN)]
+        while True:
+            ready = [s for s, _ in zmq.zmq_poll(sockets, self._patience())]
+            if self._stop_read in ready:
+                return
+            if self._socket in ready:
+                client, frame = self._socket.recv_multipart()[:2]
+                self._handle(client, frame)
+            self._expire()
+
+    def _patience(self) -> int:
+        """Milliseconds until the first parked command has to be answered; -1: none is parked."""
+        if not self._parked:
+            return -1
+        first = min(parked.deadline for parked in self._parked)
+        return max(0, math.ceil((first - time.monotonic()) * 1000))
+
+    def _handle(self, client: bytes, frame: bytes) -> None:
+        number = 0
+        try:
+            header, body = unpack(frame)
+            number = header.tag
+            command, args, timeout = loads(body)
+            if command == "gather":
+                key, rank, size, value = args
+                joined = self._table.do("join", [key, rank, size, value])
+                self._retry_parked()
+                command, args = "collect", [key, joined, rank]
+            parked = _Parked(client, number, command, args, timeout, time.monotonic() + timeout)
+        except (DistStoreError, WireError, TypeError, ValueError) as error:
+            self._reply(client, number, _ERROR, to_wire(_as_store_error(error)))
+            return
+        if not self._try(parked):
+            self._parked.append(parked)
+        elif command in MUTATING:
+            self._retry_parked()
+
+    def _try(self, request: _Parked) -> bool:
+        """Answer `request` if that is possible now."""
+        try:
+            result = self._table.do(request.command, request.args)
+        except NotYet:
+            return False
+        except (DistStoreError, TypeError) as error:
+            wire = to_wire(_as_store_error(error))
+            self._reply(request.client, request.number, _ERROR, wire)
+        else:
+            self._reply(request.client, request.number, _RESULT, result)
+        return True
+
+    def _retry_parked(self) -> None:
+        self._parked = [parked for parked in self._parked if not self._try(parked)]
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        for parked in [p for p in self._parked if p.deadline <= now]:
+            self._parked.remove(parked)
+            try:
+                self._table.do(parked.command, parked.args)
+            except NotYet as waiting:
+                error = timed_out(waiting, parked.timeout)
+                self._reply(parked.client, parked.number, _ERROR, to_wire(error))
+
+    def _reply(self, client: bytes, number: int, kind: int, value: Any) -> None:
+        try:
+            self._socket.send_multipart([client, pack(Header(kind, tag=number), dumps(value))])
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:  # a client that has gone needs no answer
+                raise
+
+
+def _as_store_error(error: Exception) -> DistStoreError:
+    return error if isinstance(error, DistStoreError) else DistStoreError(f"bad request: {error}")
+
+
+class TcpStore(Store):
+    """A client of the store at `host`:`port`; with `is_master` it serves that store as well.
+
+    A master may give port 0 and read the real one from `port`. A client may start before its master: calls wait for it
+    up to their timeout. `close` of the master ends the store for everybody, so it closes last.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        is_master: bool = False,
+        timeout: float = DEFAULT_TIMEOUT,
+    ) -> None:
+        super().__init__(timeout)
+        self._server = StoreServer(host, port) if is_master else None
+        self.host, self.port = host, self._server.port if self._server else port
+        self._address = f"tcp://{host}:{self.port}"
+        self._context = security.context()
+        self._owner = os.getpid()
+        self._numbers = itertools.count(1)
+        self._idle: list[_Line] = []  # lines that no thread uses
+        self._closed = False
+        self._lock = threading.Lock()  # guards the two above
+
+    def _call(self, command: str, args: list[Any], timeout: float) -> Any:
+        line = self._take_line()
+        try:
+            result = line.ask(next(self._numbers), [command, args, timeout], timeout)
+        except DistStoreError as error:
+            # A line with an unanswered question cannot be used again; one with an answer can.
+            self._return_line(line, reusable=line.answered)
+            raise error from None
+        except BaseException:
+            self._return_line(line, reusable=False)
+            raise
+        self._return_line(line, reusable=True)
+        return result
+
+    def _gather(self, key: str, rank: int, size: int, value: bytes, timeout: float) -> list[bytes]:
+        return list(self._call("gather", [key, rank, size, value], timeout))
+
+    def _take_line(self) -> _Line:
+        if os.getpid() != self._owner:
+            raise ForkedProcessError(f"the store client of {self._address}", self._owner)
+        with self._lock:
+            if self._closed:
+                raise DistStoreError(f"the store client of {self._address} is closed")
+            return self._idle.pop() if self._idle else _Line(self._context, self._address)
+
+    def _return_line(self, line: _Line, *, reusable: bool) -> None:
+        with self._lock:
+            if reusable and not self._closed:
+                self._idle.append(line)
+            else:
+                line.close()
+
+    def close(self) -> None:
+        """Close the connections and, on the master, the server. Call it when no thread waits in this store."""
+        with self._lock:
+            if self._closed or os.getpid() != self._owner:
+                return
+            self._closed = True
+        self._context.destroy(linger=0)
+        if self._server is not None:
+            self._server.close()
+
+
+class _Line:
+    """One connection to the server, used by one thread at a time."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
+        self.address = address
+        self.answered = True
+        self._socket = security.open_socket(
+            context, zmq.DEALER, max_frame=security.MAX_STORE_FRAME, reconnect=True
+        )
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        try:
+            self._socket.connect(address)
+        except zmq.ZMQError as error:
+            self.close()
+            raise DistNetworkError(f"cannot connect to {address}: {error.strerror}") from error
+
+    def ask(self, number: int, request: list[Any], timeout: float) -> Any:
+        """Send one request and wait for its answer."""
+        self.answered = False
+        self._socket.send(pack(Header(_REQUEST, tag=number), dumps(request)))
+        patience = math.ceil((timeout + _ANSWER_TIME) * 1000)
+        ready = dict(
+            zmq.zmq_poll([(self._socket, zmq.POLLIN), (self._monitor, zmq.POLLIN)], patience)
+        )
+        if self._socket in ready:
+            return self._read(number)
+        if self._monitor in ready:
+            raise DistStoreError(f"the store at {self.address} has closed the connection")
+        why = f"no answer from the store at {self.address} to {request[0]!r} for"
+        first = request[1][0] if request[1] else []
+        raise StoreTimeout(timeout, first if isinstance(first, list) else [first], why=why)
+
+    def _read(self, number: int) -> Any:
+        header, body = unpack(self._socket.recv())
+        assert header.tag == number
+        self.answered = True
+        value = loads(body)
+        if header.kind == _ERROR:
+            error: DistError = from_wire(value)
+            raise error
+        return value
+
+    def close(self) -> None:
+        self._socket.disable_monitor()
+        self._monitor.close(0)
+        self._socket.close(0)
