@@ -22,7 +22,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["LaunchEnv", "Rendezvous", "is_launched", "rendezvous"]
+__all__ = ["LaunchEnv", "Rendezvous", "is_launched", "rendezvous", "run_identity"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +80,13 @@ class LaunchEnv:
 def is_launched(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether dtrun or torchrun started this process. Source: `dist.is_torchelastic_launched`."""
     return "TORCHELASTIC_RUN_ID" in environ
+
+
+def run_identity(environ: Mapping[str, str] = os.environ) -> str:
+    """What tells this attempt of this run from others: run id and restart; "" without a launcher."""
+    if not is_launched(environ):
+        return ""
+    return f"{environ['TORCHELASTIC_RUN_ID']}.{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def rendezvous(

@@ -1,0 +1,85 @@
+"""Process groups and collectives under torch.distributed's names: the bridge between the towers.
+
+groups.py joins and leaves, world.py knows who is who, collectives.py, point_to_point.py and
+objects.py move tensors and objects. The work itself is done by `dtrain.comm` on NumPy arrays.
+"""
+
+from __future__ import annotations
+
+from dtrain.comm.reduce import (
+    ReduceOp as ReduceOp,
+)
+from dtrain.comm.work import (
+    Future as Future,
+)
+from dtrain.distributed.collectives import (
+    all_gather as all_gather,
+    all_gather_into_tensor as all_gather_into_tensor,
+    all_gather_single as all_gather_single,
+    all_reduce as all_reduce,
+    all_to_all as all_to_all,
+    all_to_all_single as all_to_all_single,
+    barrier as barrier,
+    broadcast as broadcast,
+    gather as gather,
+    reduce as reduce,
+    reduce_scatter as reduce_scatter,
+    reduce_scatter_single as reduce_scatter_single,
+    reduce_scatter_tensor as reduce_scatter_tensor,
+    scatter as scatter,
+)
+from dtrain.distributed.groups import (
+    destroy_process_group as destroy_process_group,
+    get_backend as get_backend,
+    get_global_rank as get_global_rank,
+    get_group_rank as get_group_rank,
+    get_node_local_rank as get_node_local_rank,
+    get_process_group_ranks as get_process_group_ranks,
+    get_rank as get_rank,
+    get_world_size as get_world_size,
+    init_process_group as init_process_group,
+    is_available as is_available,
+    is_dtrun_launched as is_dtrun_launched,
+    is_initialized as is_initialized,
+    is_torchelastic_launched as is_torchelastic_launched,
+    new_group as new_group,
+)
+from dtrain.distributed.objects import (
+    all_gather_object as all_gather_object,
+    broadcast_object_list as broadcast_object_list,
+    gather_object as gather_object,
+    recv_object_list as recv_object_list,
+    scatter_object_list as scatter_object_list,
+    send_object_list as send_object_list,
+)
+from dtrain.distributed.point_to_point import (
+    irecv as irecv,
+    isend as isend,
+    recv as recv,
+    send as send,
+)
+from dtrain.distributed.rendezvous import (
+    register_rendezvous_handler as register_rendezvous_handler,
+    rendezvous as rendezvous,
+)
+from dtrain.distributed.stores import (
+    FileStore as FileStore,
+    HashStore as HashStore,
+    PrefixStore as PrefixStore,
+    Store as Store,
+    TCPStore as TCPStore,
+)
+from dtrain.distributed.work import (
+    Work as Work,
+)
+from dtrain.distributed.world import (
+    GroupMember as GroupMember,
+    ProcessGroup as ProcessGroup,
+    group as group,
+)
+from dtrain.errors import (
+    DistBackendError as DistBackendError,
+    DistError as DistError,
+    DistNetworkError as DistNetworkError,
+    DistStoreError as DistStoreError,
+)

@@ -1,0 +1,174 @@
+"""Object collectives: plain Python data instead of tensors (`codec.py` says what may be sent).
+
+Sizes are agreed first, in one small collective, then the bytes move in a second one. Nothing is
+pickled, so `weights_only` is accepted and changes nothing, as does `device`.
+Source: torch.distributed.{all_gather_object, broadcast_object_list, ...}.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from dtrain.comm import collectives as calls
+from dtrain.comm.point_to_point import Recv, Send
+from dtrain.distributed.codec import decode, encode
+from dtrain.distributed.collectives import root_of
+from dtrain.distributed.world import GroupMember, ProcessGroup, resolve
+
+
+def _bytes_of(value: Any) -> np.ndarray:
+    return np.frombuffer(encode(value), np.uint8)
+
+
+def _value_of(array: np.ndarray) -> Any:
+    return decode(array.tobytes())
+
+
+def _sizes(group: ProcessGroup, own: int) -> np.ndarray:
+    """How many bytes each rank brings (int64, one per rank)."""
+    sizes = np.empty(group.size(), np.int64)
+    group.arrays.submit(calls.AllGather(np.array([own], np.int64), sizes))
+    return sizes
+
+
+def _padded(data: np.ndarray, size: int) -> np.ndarray:
+    out = np.zeros(size, np.uint8)
+    out[: data.size] = data
+    return out
+
+
+def _split(rows: np.ndarray, sizes: np.ndarray) -> list[Any]:
+    return [_value_of(row[:n]) for row, n in zip(rows, sizes, strict=True)]
+
+
+def all_gather_object(
+    object_list: list[Any], obj: Any, group: Any = None, weights_only: bool = False
+) -> None:
+    """Put `obj` of rank i into `object_list[i]`, on all ranks; the list has one place per rank."""
+    if group is GroupMember.NON_GROUP_MEMBER:
+        return
+    where = resolve(group)
+    _check_length(object_list, where, "object_list")
+    data = _bytes_of(obj)
+    sizes = _sizes(where, data.size)
+    rows = np.empty((where.size(), int(sizes.max())), np.uint8)
+    where.arrays.submit(calls.AllGather(_padded(data, rows.shape[1]), rows))
+    object_list[:] = _split(rows, sizes)
+
+
+def _check_length(values: list[Any], group: ProcessGroup, name: str) -> None:
+    if len(values) != group.size():
+        raise ValueError(f"{name} must have one place per rank: {group.size()}, got {len(values)}")
+
+
+def gather_object(
+    obj: Any, object_gather_list: list[Any] | None = None, dst: int | None = None,
+    group: Any = None, group_dst: int | None = None, weights_only: bool = False,
+) -> None:  # fmt: skip
+    """Put `obj` of rank i into `object_gather_list[i]` of rank `dst`."""
+    if group is GroupMember.NON_GROUP_MEMBER:
+        return
+    where = resolve(group)
+    root = root_of(where, dst, group_dst, "dst")
+    at_root = where.rank() == root
+    if at_root:
+        if object_gather_list is None:
+            raise ValueError(
+                "Argument ``object_gather_list`` must be specified on destination rank."
+            )
+        _check_length(object_gather_list, where, "object_gather_list")
+    elif object_gather_list is not None:
+        raise ValueError(
+            "Argument ``object_gather_list`` must NOT be specified on non-destination ranks."
+        )
+    data = _bytes_of(obj)
+    sizes = _sizes(where, data.size)
+    width = int(sizes.max())
+    rows = np.empty((where.size(), width), np.uint8) if at_root else None
+    where.arrays.submit(calls.Gather(_padded(data, width), rows, root))
+    if object_gather_list is not None and rows is not None:
+        object_gather_list[:] = _split(rows, sizes)
+
+
+def broadcast_object_list(
+    object_list: list[Any], src: int | None = None, group: Any = None, device: Any = None,
+    group_src: int | None = None, weights_only: bool = False,
+) -> None:  # fmt: skip
+    """Replace the objects in `object_list` by those of rank `src`; lists of one length."""
+    if group is GroupMember.NON_GROUP_MEMBER:
+        return
+    where = resolve(group)
+    root = root_of(where, src, group_src, "src")
+    data = _bytes_of(list(object_list)) if where.rank() == root else None
+    size = np.array([0 if data is None else data.size], np.int64)
+    where.arrays.submit(calls.Broadcast(size, root))
+    buffer = np.empty(int(size[0]), np.uint8) if data is None else data
+    where.arrays.submit(calls.Broadcast(buffer, root))
+    received = _value_of(buffer)
+    if len(received) != len(object_list):
+        raise ValueError(
+            f"broadcast_object_list: rank {where.ranks[root]} sent {len(received)} objects, this "
+            f"rank's list has {len(object_list)}"
+        )
+    if data is None:
+        object_list[:] = received
+
+
+def scatter_object_list(
+    scatter_object_output_list: list[Any],
+    scatter_object_input_list: list[Any] | None = None,
+    src: int | None = None,
+    group: Any = None,
+    group_src: int | None = None,
+    weights_only: bool = False,
+) -> None:
+    """Put object i of rank `src`'s input list into place 0 of rank i's output list."""
+    if group is GroupMember.NON_GROUP_MEMBER:
+        return
+    where = resolve(group)
+    if not isinstance(scatter_object_output_list, list) or not scatter_object_output_list:
+        raise ValueError(
+            "Expected argument scatter_object_output_list to be a list of size at least 1."
+        )
+    root = root_of(where, src, group_src, "src")
+    rows, sizes = None, np.empty(where.size() + 1, np.int64)
+    if where.rank() == root:
+        if scatter_object_input_list is None:
+            raise ValueError("source rank must provide non-None scatter_object_input_list")
+        _check_length(scatter_object_input_list, where, "scatter_object_input_list")
+        parts = [_bytes_of(v) for v in scatter_object_input_list]
+        sizes[:-1], sizes[-1] = [p.size for p in parts], max(p.size for p in parts)
+        rows = np.stack([_padded(p, int(sizes[-1])) for p in parts])
+    where.arrays.submit(calls.Broadcast(sizes, root))
+    out = np.empty(int(sizes[-1]), np.uint8)
+    where.arrays.submit(calls.Scatter(rows, out, root))
+    scatter_object_output_list[0] = _value_of(out[: int(sizes[where.rank()])])
+
+
+def send_object_list(
+    object_list: list[Any], dst: int | None = None, group: Any = None, device: Any = None,
+    group_dst: int | None = None, use_batch: bool = False, weights_only: bool = False,
+) -> None:  # fmt: skip
+    """Send the objects of a list to rank `dst`. `use_batch` is accepted and changes nothing."""
+    where = resolve(group)
+    peer = root_of(where, dst, group_dst, "dst")
+    data = _bytes_of(list(object_list))
+    where.arrays.submit(Send(np.array([data.size], np.int64), peer))
+    where.arrays.submit(Send(data, peer))
+
+
+def recv_object_list(
+    object_list: list[Any], src: int | None = None, group: Any = None, device: Any = None,
+    group_src: int | None = None, use_batch: bool = False, weights_only: bool = False,
+) -> int:  # fmt: skip
+    """Receive into `object_list` from rank `src` (None: any); returns the sender's global rank."""
+    where = resolve(group)
+    peer = None if src is None and group_src is None else root_of(where, src, group_src, "src")
+    size = np.empty(1, np.int64)
+    source = where.arrays.submit(Recv(size, peer)).source_rank()
+    data = np.empty(int(size[0]), np.uint8)
+    where.arrays.submit(Recv(data, source))
+    object_list[:] = _value_of(data)
+    return where.ranks[source]

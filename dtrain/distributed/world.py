@@ -1,0 +1,138 @@
+"""The process groups of this rank: the default one, those made from it, and who is in which.
+
+A process is one rank and has one world. Where ranks are threads (`dtrain.testing.run_world`) each
+thread installs its own, so everything here asks `current_world()`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+from dtrain.comm.group import ProcessGroup as ArrayGroup
+from dtrain.comm.store.base import Store
+
+
+class ProcessGroup:
+    """The ranks that take part in a collective together. Source: torch.distributed.ProcessGroup.
+
+    `arrays` is the group of the comm tower that does the work; `ranks[i]` is the global rank of
+    group rank i.
+    """
+
+    def __init__(self, arrays: ArrayGroup, ranks: Sequence[int], backend: str, desc: str) -> None:
+        self.arrays = arrays
+        self.ranks = tuple(ranks)
+        self.backend = backend
+        self.group_desc = desc
+
+    def rank(self) -> int:
+        """The caller's rank in this group."""
+        return self.arrays.rank
+
+    def size(self) -> int:
+        """How many ranks the group has."""
+        return self.arrays.size
+
+    def name(self) -> str:
+        """The backend's name, as in torch."""
+        return self.backend
+
+    @property
+    def group_name(self) -> str:
+        return self.arrays.name
+
+    def group_rank_of(self, global_rank: int) -> int:
+        """The rank in this group of a global rank; ValueError when it is not a member."""
+        try:
+            return self.ranks.index(global_rank)
+        except ValueError:
+            raise ValueError(
+                f"Global rank {global_rank} is not part of group {self.arrays.name!r} "
+                f"(members: {list(self.ranks)})"
+            ) from None
+
+    def abort(self, reason: str = "aborted by the program") -> None:
+        """Make every call of the group fail, on all ranks."""
+        self.arrays.abort(reason)
+
+    def __repr__(self) -> str:
+        return repr(self.arrays)
+
+
+class GroupMember:
+    """Markers: `WORLD` stands for the default group, `NON_GROUP_MEMBER` for not being in one."""
+
+    WORLD: Any = None
+    NON_GROUP_MEMBER: Any = object()
+
+
+class _WorldGroup(type):
+    @property
+    def WORLD(cls) -> ProcessGroup | None:
+        return current_world().default
+
+
+class group(metaclass=_WorldGroup):
+    """`group.WORLD` is the default process group, None before `init_process_group`."""
+
+
+class World:
+    """What this rank has joined. `made` lists the groups in the order they were made."""
+
+    def __init__(self) -> None:
+        self.default: ProcessGroup | None = None
+        self.made: list[ProcessGroup] = []
+        self.store: Store | None = None
+        self.owns_store = False
+
+    def clear(self) -> None:
+        """Close all groups, youngest first, and the store if it was opened here."""
+        for made in reversed(self.made):
+            made.arrays.close()
+        if self.store is not None and self.owns_store:
+            self.store.close()
+        self.__init__()  # type: ignore[misc]
+
+
+_process_world = World()
+_installed: ContextVar[World] = ContextVar("dtrain_world")
+
+
+def current_world() -> World:
+    """The world of this thread if it has its own, else the process's."""
+    return _installed.get(_process_world)
+
+
+@contextlib.contextmanager
+def own_world() -> Iterator[World]:
+    """Give this thread (context) a world of its own inside the block, cleared at its end."""
+    world = World()
+    token = _installed.set(world)
+    try:
+        yield world
+    finally:
+        _installed.reset(token)
+        world.clear()
+
+
+def resolve(group: Any) -> ProcessGroup:
+    """The group that an argument means: None is the default one.
+
+    ValueError, in torch's words, before `init_process_group` and for a group one is not in.
+    """
+    if group is None:
+        default = current_world().default
+        if default is None:
+            raise ValueError(
+                "Default process group has not been initialized, please make sure to call "
+                "init_process_group."
+            )
+        return default
+    if group is GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("Invalid process group specified: this rank is not one of its members")
+    if not isinstance(group, ProcessGroup):
+        raise TypeError(f"expected a ProcessGroup, got {type(group).__name__}")
+    return group
