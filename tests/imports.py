@@ -41,11 +41,12 @@ ABOVE = (
 )
 
 CORE = {"numpy", "zmq", "msgpack", "ml_dtypes"}
-# Heavy and seldom needed: imported inside the function that needs them.
+# Heavy and seldom needed: imported inside the function that needs them (`dtrain.testing` is itself
+# loaded by tests only).
 LAZY = {"cloudpickle", "psutil", "safetensors", "threadpoolctl"}
 # A package's face may load sub-packages when they are first asked for, a registry what it lists.
 DYNAMIC = {"dtrain", "dtrain.autograd", "dtrain.nn", "dtrain.utils", "dtrain.distributed"}
-DYNAMIC |= {"dtrain.comm.transports.base"}
+DYNAMIC |= {"dtrain.comm.transports.base", "dtrain.testing.rank"}
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,8 @@ def _judge_library(edge: Import) -> str | None:
     if top in sys.stdlib_module_names or top == "dtrun":
         return "the launcher is above the library" if top == "dtrun" else None
     if top in LAZY:
-        return "import it in the function that needs it" if edge.place == "module" else None
+        early = edge.place == "module" and not edge.source.startswith("dtrain.testing")
+        return "import it in the function that needs it" if early else None
     return None if top in CORE else "it is not a core dependency"
 
 
