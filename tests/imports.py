@@ -24,6 +24,7 @@ COMPUTE = (
     ("printing",),
     ("tensor",),
     ("methods",),
+    ("flat",),
     ("nn", "optim", "utils", "serialization"),
 )
 COMM = (
