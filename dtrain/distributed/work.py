@@ -15,7 +15,7 @@ from dtrain.comm.work import Future, Work as ArrayWork
 
 
 def seconds(timeout: timedelta | float | None) -> float | None:
-    """A torch timeout (timedelta, or a number of seconds) as seconds; ValueError unless positive."""
+    """A timeout, as timedelta or number, in seconds; ValueError unless it is positive."""
     if timeout is None:
         return None
     value = timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)

@@ -1,0 +1,111 @@
+"""Buckets: which gradients travel together, and the flat array they live in.
+
+Parameters are taken in reverse order of registration, about the order in which backward finishes
+them; a bucket is closed when it reaches its cap, and holds one dtype. Parameters are never split.
+Source: Li et al., PyTorch Distributed, VLDB 2020, section 4.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dtrain.autograd.node import make
+from dtrain.distributed.world import ProcessGroup
+from dtrain.flat import FlatBuffer
+
+MIB = 1 << 20
+FIRST_CAP = 1 * MIB  # small, so that the first all-reduce starts early in backward
+DEFAULT_CAP = 25 * MIB
+
+
+def assign(parameters: Sequence[Any], cap: int | None) -> list[list[int]]:
+    """Indices of `parameters` for each bucket, in the order in which buckets are reduced.
+
+    `cap` in bytes; None means 25 MiB with a first bucket of 1 MiB, as in torch.
+    """
+    buckets: list[list[int]] = []
+    open_by_dtype: dict[np.dtype[Any], tuple[list[int], int]] = {}
+    for index in reversed(range(len(parameters))):
+        data = parameters[index]._data
+        members, size = open_by_dtype.get(data.dtype, ([], 0))
+        if not members:
+            buckets.append(members)
+        members.append(index)
+        size += data.nbytes
+        limit = cap or (FIRST_CAP if members is buckets[0] else DEFAULT_CAP)
+        open_by_dtype[data.dtype] = ([], 0) if size >= limit else (members, size)
+    return buckets
+
+
+class Bucket:
+    """Gradients of some parameters in one flat array, with a flag for each that took part.
+
+    `views[i]` is the gradient of `members[i]`. The flags travel behind the gradients: after the
+    reduction a flag above 0 says that some rank used the parameter.
+    """
+
+    def __init__(self, index: int, members: Sequence[int], parameters: Sequence[Any],
+                 group: ProcessGroup) -> None:  # fmt: skip
+        self.index = index
+        self.members = tuple(members)
+        arrays = [parameters[i]._data for i in members]
+        shapes = [a.shape for a in arrays]
+        self.buffer = FlatBuffer(
+            [*shapes, (len(shapes),)], arrays[0].dtype, allocate=group.arrays.empty
+        )
+        *views, self.flags = self.buffer.views
+        self.views = [make(view) for view in views]
+        self.start()
+
+    def start(self) -> None:
+        """Begin a backward pass: nothing is here yet."""
+        self.pending = len(self.members)
+        self.flags[...] = 0
+
+    def add(self, place: int, parameter: Any) -> None:
+        """The gradient of member `place` is complete: make it live here."""
+        self.adopt(place, parameter)
+        self.flags[place] = 1
+        self.pending -= 1
+
+    def adopt(self, place: int, parameter: Any) -> None:
+        """Move the gradient into the bucket, unless it lives here already."""
+        view = self.views[place]
+        if parameter._grad is not view:
+            np.copyto(view._data, parameter._grad._data)
+            parameter._grad = view
+
+    def absent(self) -> list[int]:
+        """Places whose parameter took no part in this pass."""
+        return [i for i, flag in enumerate(self.flags) if not flag]
+
+    def fill_absent(self, parameters: Sequence[Any]) -> dict[int, np.ndarray | None]:
+        """Contribute nothing for absent parameters; returns what they had, to be put back.
+
+        A parameter nobody used keeps the gradient it had before the pass. One that others used
+        gets theirs, on top of what it had.
+        """
+        kept: dict[int, np.ndarray | None] = {}
+        for place in self.absent():
+            parameter, view = parameters[self.members[place]], self.views[place]
+            if parameter._grad is None:
+                view._data[...] = 0
+                kept[place] = None
+            else:
+                self.adopt(place, parameter)
+                kept[place] = view._data.copy()
+        return kept
+
+    def finish(self, parameters: Sequence[Any], kept: dict[int, np.ndarray | None]) -> None:
+        """After the reduction: gradients are in place; undo it for parameters that nobody used."""
+        for place, before in kept.items():
+            parameter, view = parameters[self.members[place]], self.views[place]
+            if self.flags[place] > 0:
+                parameter._grad = view
+            elif before is not None:
+                view._data[...] = before
+        for view in self.views:
+            view._bump_version()
