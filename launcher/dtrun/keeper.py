@@ -33,8 +33,9 @@ def keep(launch: Callable[[set[signal.Signals]], int], clean: Callable[[], None]
     watched = stops | {signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     process.adopt_orphans()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # None: it was closed when we started
+            stream.flush()
     keeper = os.getpid()
     child = os.fork()
     if child == 0:

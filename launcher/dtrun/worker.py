@@ -110,7 +110,7 @@ def install(path: str) -> Recorder:
 def run(kind: str, target: str, args: list[str]) -> None:
     """Run the script or module as `__main__`, in a module of its own."""
     main = ModuleType("__main__")
-    main.__dict__["__builtins__"] = builtins
+    main.__dict__.update(__builtins__=builtins, __annotations__={})
     sys.modules["__main__"] = main
     if kind == "module":
         run_module(target, args)
@@ -127,7 +127,7 @@ def run_script(main: ModuleType, path: str, args: list[str]) -> None:
 
     main.__file__ = os.path.abspath(path)
     main.__loader__ = SourceFileLoader("__main__", main.__file__)
-    main.__dict__.update(__annotations__={}, __cached__=None)
+    main.__cached__ = None  # type: ignore[attr-defined]
     with open(path, "rb") as file:
         code = compile(file.read(), main.__file__, "exec", dont_inherit=True)
     exec(code, main.__dict__)

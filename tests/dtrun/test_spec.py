@@ -118,13 +118,15 @@ def test_a_reserved_port_is_free_for_rank_0_alone():
 
 
 def test_a_port_that_somebody_listens_on_cannot_be_reserved():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        with pytest.raises(OSError, match="in use"):
-            reserve_port(*server.getsockname())
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        pytest.raises(OSError, match="in use"),
+    ):
+        reserve_port(*server.getsockname())
 
 
 @pytest.mark.parametrize("variable", ["XDG_RUNTIME_DIR", "TMPDIR"])
-def test_the_run_dir_is_private_and_short(variable, tmp_path_factory):
+def test_the_run_dir_is_private(variable):
     base = f"/tmp/dtrun-test-{os.getpid()}"
     os.mkdir(base)
     try:
