@@ -19,6 +19,7 @@ BASE = (
     *("cuda", "device", "draws", "dtypes", "generator", "random", "threads"),
 )
 COMPUTE = (
+    ("flat",),
     ("autograd",),
     ("ops",),
     ("printing",),
