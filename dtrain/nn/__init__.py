@@ -1,0 +1,36 @@
+"""Neural networks: modules, their parameters, functions and initialisation.
+
+Everything public is in this module's dictionary, so that `getattr(nn, name)` and `dir(nn)` work;
+`nn.parallel`, which needs the distributed runtime, loads at its first use. Source: torch.nn.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from dtrain.nn import init as init, modules as modules
+from dtrain.nn.modules.container import (
+    ModuleDict as ModuleDict,
+    ModuleList as ModuleList,
+    ParameterDict as ParameterDict,
+    ParameterList as ParameterList,
+    Sequential as Sequential,
+)
+from dtrain.nn.modules.linear import Identity as Identity, Linear as Linear
+from dtrain.nn.modules.module import Module as Module
+from dtrain.nn.parameter import Buffer as Buffer, Parameter as Parameter
+
+_LAZY = ("functional", "parallel")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return importlib.import_module(f"dtrain.nn.{name}")
+    raise AttributeError(
+        f"module 'dtrain.nn' has no attribute {name!r}: dtrain does not have it (yet)"
+    )
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
