@@ -76,9 +76,9 @@ class ProcessGroup:
         self.store = store
         self._factory = transport
         make = partial(create, transport) if isinstance(transport, str) else transport
-        self._transport = make(store, rank, size, self.timeout)
+        self.transport = make(store, rank, size, self.timeout)
         self._recorder = Recorder()
-        self._agreement = Agreement(name, self._transport, self._recorder)
+        self._agreement = Agreement(name, self.transport, self._recorder)
         self._children: Counter[str] = Counter()  # {members: how many groups of them were made}
         # All below changes under `_changed` only.
         self._changed = threading.Condition()
@@ -129,7 +129,7 @@ class ProcessGroup:
         return job.work
 
     def _check_open(self, what: str) -> None:
-        self._transport.check_usable()
+        self.transport.check_usable()
         if self._failure is not None:
             raise self._too_late(what) from self._failure
         if self._closed:
@@ -192,7 +192,7 @@ class ProcessGroup:
     def _channel(self, job: _Job, started: float) -> Channel:
         record = job.record
         return Channel(
-            self._transport,
+            self.transport,
             record.seq,
             note_of(record.signature, record.site),
             inspect=partial(self._agreement.inspect, record),
@@ -206,7 +206,7 @@ class ProcessGroup:
         where = f"group {self.name!r} {call}"
         fail = partial(self._fail, where=where, seq=None, timeout=timeout)
         try:
-            finish = call.start(self._transport, self.name, call_site())
+            finish = call.start(self.transport, self.name, call_site())
         except BaseException as error:
             raise fail(error) from None
         return Pending(where, call.buf, finish, fail, time.monotonic() + timeout).work
@@ -244,7 +244,7 @@ class ProcessGroup:
             if self._failure is not None:
                 return self._failure if isinstance(error, DistError) else error
             self._failure = error
-        self._transport.fail(error)
+        self.transport.fail(error)
         if self._agreement.told is None:
             self._agreement.tell_failure(error)
         return error
@@ -299,8 +299,8 @@ class ProcessGroup:
             started = self._next_seq - queued
         return GroupStatistics(
             calls=self._recorder.snapshot(),
-            messages_sent=self._transport.messages_sent,
-            bytes_sent=self._transport.bytes_sent,
+            messages_sent=self.transport.messages_sent,
+            bytes_sent=self.transport.bytes_sent,
             completed=started - running,
             queued=queued,
         )
@@ -322,7 +322,7 @@ class ProcessGroup:
                 self._changed.wait_for(self._idle, 1.0)
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(1.0)
-        self._transport.close()
+        self.transport.close()
 
     def _idle(self) -> bool:
         return self._running is None and not self._queue
@@ -332,7 +332,7 @@ class ProcessGroup:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._transport.abandon()
+        self.transport.abandon()
 
     def __enter__(self) -> Self:
         return self
@@ -348,7 +348,7 @@ class ProcessGroup:
         self.close()
 
     def __repr__(self) -> str:
-        head = f"<ProcessGroup {self.name!r} rank {self.rank}/{self.size} {self._transport.name} | "
+        head = f"<ProcessGroup {self.name!r} rank {self.rank}/{self.size} {self.transport.name} | "
         return f"{head}{self._state()}>"
 
     def _state(self) -> str:

@@ -50,6 +50,7 @@ _FLUSH_LOOK = 0.05
 _log = logging.getLogger("dtrain.comm")
 
 _IN = zmq.POLLIN
+_GREETED = zmq.EVENT_HANDSHAKE_SUCCEEDED
 _BROKEN = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 
 
@@ -83,7 +84,7 @@ class ZmqTransport(Transport):
         self._inbox = security.open_socket(self._in_context, zmq.DEALER)
         self._listener = security.listen(self._inbox, where)
         self._outbox = security.open_socket(self._out_context, zmq.ROUTER)
-        self._monitor = self._outbox.get_monitor_socket(_BROKEN)
+        self._monitor = self._outbox.get_monitor_socket(_BROKEN | _GREETED)
         self._peers = rendezvous(store, self.rank, self.size, self._listener.address, timeout)
         self._check_reachable()
         addresses = [peer.address for peer in self._peers]
@@ -94,6 +95,7 @@ class ZmqTransport(Transport):
         self._out_lock = threading.Lock()  # guards the outbox and `_connected`
         self._in_flight: deque[tuple[int, zmq.MessageTracker]] = deque()  # (destination, tracker)
         self._pumping = False  # whether a thread is inside the inbox; changes under the mailbox's lock
+        self._greeted: set[int] = set()  # peers with whom the connection's handshake is done
         self._suspects: dict[int, float] = {}  # {peer whose connection broke: when that means death}
 
     def _check_reachable(self) -> None:
@@ -230,7 +232,7 @@ class ZmqTransport(Transport):
         if self._inbox in ready:
             self._receive()
         elif self._monitor in ready:  # only when the inbox is empty: a goodbye comes first
-            self._note_break()
+            self._note_event()
         elif self._suspects:
             self._judge()
 
@@ -266,10 +268,12 @@ class ZmqTransport(Transport):
         else:
             self.mailbox.touch()
 
-    def _note_break(self) -> None:
+    def _note_event(self) -> None:
         event = parse_monitor_message(self._monitor.recv_multipart(zmq.DONTWAIT))
-        peer = self._rank_at.get(event["endpoint"].decode())
-        if peer is not None and peer not in self.mailbox.lost:
+        peer = self._rank_at[event["endpoint"].decode()]
+        if event["event"] == _GREETED:
+            self._greeted.add(peer)
+        elif peer not in self.mailbox.lost:
             self._suspects.setdefault(peer, time.monotonic() + GRACE)
 
     def _judge(self) -> None:
@@ -287,13 +291,22 @@ class ZmqTransport(Transport):
     # ---- the end
 
     def close(self, timeout: float = 1.0) -> None:
-        if self._leave():
-            for peer in range(self.size):
-                self._say_goodbye(peer)
-            self._destroy(timeout)
-            for peer, loss in self.mailbox.lost.items():
-                if not loss.orderly:
-                    security.remove_leftover(self._peers[peer].address)
+        if not self._leave():
+            return
+        deadline = time.monotonic() + timeout
+        for peer in range(self.size):
+            self._say_goodbye(peer)
+        # A ROUTER that closes in the middle of a handshake forgets what it has to send.
+        while not self._all_greeted() and time.monotonic() < deadline:
+            self._pump(deadline)
+        self._destroy(max(0.0, deadline - time.monotonic()))
+        for peer, loss in self.mailbox.lost.items():
+            if not loss.orderly:
+                security.remove_leftover(self._peers[peer].address)
+
+    def _all_greeted(self) -> bool:
+        open_to = self._connected - {self.rank} - self.mailbox.lost.keys() - self._suspects.keys()
+        return open_to <= self._greeted
 
     def abandon(self) -> None:
         if self._leave():
