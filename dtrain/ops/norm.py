@@ -1,0 +1,329 @@
+"""Normalisation: layer_norm, rms_norm and group_norm over rows, batch_norm over channels.
+
+The fused ops keep the normalised rows (or, for channels, only mean and deviation) and finish the
+gradient in a few passes. Statistics are of the dtype of the input; variances are computed from
+centred values, never as a difference of squares.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from dtrain.autograd.op import define
+from dtrain.ops.elementwise import rsqrt, square
+from dtrain.ops.reduce import mean
+from dtrain.ops.shape import reshape
+
+
+def _rand(*shape: int) -> np.ndarray:
+    return np.random.RandomState(0).randn(*shape)
+
+
+def _column(values: np.ndarray) -> np.ndarray:
+    return values[:, None]
+
+
+# --- rows ----------------------------------------------------------------------------------------
+
+
+def _layer_norm_forward(
+    x: np.ndarray, weight: np.ndarray | None, bias: np.ndarray | None, *, eps: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    count = x.shape[1]
+    normal = x - _column(np.add.reduce(x, axis=1) / count)
+    rstd = 1 / np.sqrt(np.vecdot(normal, normal) / count + eps)
+    normal *= _column(rstd)
+    return _scaled(normal, weight, bias), normal, rstd
+
+
+def _scaled(normal: np.ndarray, weight: np.ndarray | None, bias: np.ndarray | None) -> np.ndarray:
+    y = normal.copy() if weight is None else normal * weight
+    if bias is not None:
+        y += bias
+    return y
+
+
+def _layer_norm_vjp(n: Any, g: np.ndarray) -> Any:
+    dx = dweight = dbias = None
+    if n.needs[0]:
+        count = g.shape[1]
+        dx = g.copy() if n.weight is None else g * n.weight
+        centre = np.add.reduce(dx, axis=1) / count
+        along = np.vecdot(dx, n.normal) / count
+        dx -= _column(centre)
+        dx -= n.normal * _column(along)
+        dx *= _column(n.rstd)
+    if n.needs[1]:
+        dweight = np.einsum("ij,ij->j", g, n.normal)
+    if n.needs[2]:
+        dbias = np.add.reduce(g, axis=0)
+    return dx, dweight, dbias
+
+
+def _layer_norm_composite(x: Any, weight: Any, bias: Any, *, eps: float) -> Any:
+    centred = x - mean(x, 1, True)
+    y = centred * rsqrt(mean(square(centred), 1, True) + eps)
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
+_layer_norm = define(
+    "layer_norm", _layer_norm_forward, vjp=_layer_norm_vjp, aux="normal rstd",
+    composite=_layer_norm_composite,
+    sample=lambda: [((_rand(3, 5), _rand(5), _rand(5)), {"eps": 1e-5}),
+                    ((_rand(3, 5), None, None), {"eps": 1e-5})],
+)  # fmt: skip
+
+
+def _rms_norm_forward(
+    x: np.ndarray, weight: np.ndarray | None, *, eps: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rstd = 1 / np.sqrt(np.vecdot(x, x) / x.shape[1] + eps)
+    normal = x * _column(rstd)
+    return _scaled(normal, weight, None), normal, rstd
+
+
+def _rms_norm_vjp(n: Any, g: np.ndarray) -> Any:
+    dx = dweight = None
+    if n.needs[0]:
+        dx = g.copy() if n.weight is None else g * n.weight
+        dx -= n.normal * _column(np.vecdot(dx, n.normal) / g.shape[1])
+        dx *= _column(n.rstd)
+    if n.needs[1]:
+        dweight = np.einsum("ij,ij->j", g, n.normal)
+    return dx, dweight
+
+
+def _rms_norm_composite(x: Any, weight: Any, *, eps: float) -> Any:
+    y = x * rsqrt(mean(square(x), 1, True) + eps)
+    return y if weight is None else y * weight
+
+
+_rms_norm = define(
+    "rms_norm", _rms_norm_forward, vjp=_rms_norm_vjp, aux="normal rstd",
+    composite=_rms_norm_composite,
+    sample=lambda: [((_rand(3, 5), _rand(5)), {"eps": 1e-5}), ((_rand(3, 5), None), {"eps": 0.1})],
+)  # fmt: skip
+
+
+def _check_normalized(
+    input: Any, normalized_shape: Sequence[int], weight: Any, bias: Any
+) -> tuple[int, ...]:
+    """`normalized_shape` as a tuple, once it fits input and parameters; torch's sentences."""
+    shape = tuple(normalized_shape)
+    if not shape:
+        raise RuntimeError(
+            "Expected normalized_shape to be at least 1-dimensional, i.e., containing at least "
+            f"one element, but got normalized_shape = {list(shape)}"
+        )
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None and tuple(value.shape) != shape:
+            raise RuntimeError(
+                f"Expected {name} to be of same shape as normalized_shape, but got {name} of "
+                f"shape {list(value.shape)} and normalized_shape = {list(shape)}"
+            )
+    if tuple(input.shape[-len(shape) :]) != shape:
+        wanted = ", ".join(["*", *map(str, shape)])
+        raise RuntimeError(
+            f"Given normalized_shape={list(shape)}, expected input with shape [{wanted}], but got "
+            f"input of size{list(input.shape)}"
+        )
+    return shape
+
+
+def _flat(x: Any, size: int) -> Any:
+    return x if x is None or x.ndim == 1 else reshape(x, (size,))
+
+
+def layer_norm(
+    input: Any, normalized_shape: Sequence[int], weight: Any = None, bias: Any = None,
+    eps: float = 1e-5,
+) -> Any:  # fmt: skip
+    """Rows over the last dimensions (`normalized_shape`) to mean 0 and variance 1, then
+    `* weight + bias`. Source: torch.nn.functional.layer_norm.
+    """
+    shape = _check_normalized(input, normalized_shape, weight, bias)
+    size = math.prod(shape)
+    rows = reshape(input, (-1, size))
+    y = _layer_norm(rows, _flat(weight, size), _flat(bias, size), eps=eps)
+    return reshape(y, tuple(input.shape))
+
+
+def rms_norm(
+    input: Any, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None
+) -> Any:
+    """`input / sqrt(mean(input^2) + eps) * weight` over the last dimensions; eps None is the
+    dtype's epsilon. Source: torch.nn.functional.rms_norm.
+    """
+    shape = _check_normalized(input, normalized_shape, weight, None)
+    size = math.prod(shape)
+    if eps is None:
+        eps = float(np.finfo(_kind(input)).eps)
+    y = _rms_norm(reshape(input, (-1, size)), _flat(weight, size), eps=eps)
+    return reshape(y, tuple(input.shape))
+
+
+def _kind(x: Any) -> Any:
+    return getattr(x, "_data", x).dtype
+
+
+def group_norm(
+    input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Any:
+    """Each sample's channels in `num_groups` groups, every group to mean 0 and variance 1, then
+    `* weight + bias` by channel: (N, C, *). Source: torch.nn.functional.group_norm.
+    """
+    if input.ndim < 2:
+        raise RuntimeError(
+            f"Expected at least 2 dimensions for input tensor but received {input.ndim}"
+        )
+    channels = input.shape[1]
+    if num_groups <= 0 or channels % num_groups:
+        raise RuntimeError(
+            "Expected number of channels in input to be divisible by num_groups, but got input "
+            f"of shape {list(input.shape)} and num_groups={num_groups}"
+        )
+    rows = reshape(input, (input.shape[0] * num_groups, -1))
+    y = reshape(_layer_norm(rows, None, None, eps=eps), tuple(input.shape))
+    by_channel = (1, channels) + (1,) * (input.ndim - 2)
+    y = y if weight is None else y * reshape(weight, by_channel)
+    return y if bias is None else y + reshape(bias, by_channel)
+
+
+# --- channels: arrays (samples, channels, length) ----------------------------------------------
+
+
+def _samples(x: np.ndarray) -> Iterator[slice]:
+    """Groups of samples whose elements (half a megabyte of float32) stay in cache."""
+    step = max(1, 131072 // max(1, x[:1].size))
+    return (slice(i, i + step) for i in range(0, len(x), step))
+
+
+def _channel_sum(x: np.ndarray) -> np.ndarray:
+    return np.add.reduce(np.add.reduce(x, axis=2), axis=0)
+
+
+def _moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and (biased) variance of every channel."""
+    count = x.size // x.shape[1]
+    centre = _channel_sum(x) / count
+    total = np.zeros(x.shape[1], x.dtype)
+    for part in _samples(x):
+        centred = x[part] - _column(centre)
+        total += np.add.reduce(np.vecdot(centred, centred), axis=0)
+    return centre, total / count
+
+
+def _batch_norm_forward(
+    x: np.ndarray, weight: np.ndarray | None, bias: np.ndarray | None, *, eps: float,
+    observe: Callable[[np.ndarray, np.ndarray], None] | None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    centre, variance = _moments(x)
+    if observe is not None:
+        observe(centre, variance)
+    rstd = 1 / np.sqrt(variance + eps)
+    scale = rstd if weight is None else rstd * weight
+    y = np.empty(x.shape, x.dtype)
+    for part in _samples(x):
+        np.subtract(x[part], _column(centre), out=y[part])
+        y[part] *= _column(scale)
+        if bias is not None:
+            y[part] += _column(bias)
+    return y, centre, rstd
+
+
+def _batch_norm_vjp(n: Any, g: np.ndarray) -> Any:
+    # dx = scale (g - mean(g) - normal mean(g normal)), with normal = (x - centre) rstd
+    along = np.zeros(g.shape[1], g.dtype)
+    for part in _samples(g):
+        along += np.add.reduce(np.vecdot(g[part], n.x[part] - _column(n.centre)), axis=0)
+    total = _channel_sum(g)
+    dx = _batch_norm_dx(n, g, total, along) if n.needs[0] else None
+    return dx, along * n.rstd if n.needs[1] else None, total if n.needs[2] else None
+
+
+def _batch_norm_dx(n: Any, g: np.ndarray, total: np.ndarray, along: np.ndarray) -> np.ndarray:
+    count = g.size // g.shape[1]
+    scale = n.rstd if n.weight is None else n.rstd * n.weight
+    slope = along * n.rstd * n.rstd / count
+    offset = total / count - slope * n.centre
+    dx = np.empty(g.shape, g.dtype)
+    for part in _samples(g):
+        np.multiply(n.x[part], _column(-slope), out=dx[part])
+        dx[part] += g[part]
+        dx[part] -= _column(offset)
+        dx[part] *= _column(scale)
+    return dx
+
+
+def _batch_norm_composite(x: Any, weight: Any, bias: Any, *, eps: float, observe: Any) -> Any:
+    centred = x - mean(x, (0, 2), True)
+    y = centred * rsqrt(mean(square(centred), (0, 2), True) + eps)
+    y = y if weight is None else y * reshape(weight, (-1, 1))
+    return y if bias is None else y + reshape(bias, (-1, 1))
+
+
+_batch_norm = define(
+    "batch_norm", _batch_norm_forward, vjp=_batch_norm_vjp, aux="centre rstd",
+    composite=_batch_norm_composite,
+    sample=lambda: [((_rand(3, 2, 4), _rand(2), _rand(2)), {"eps": 1e-5, "observe": None}),
+                    ((_rand(4, 3, 1), None, None), {"eps": 1e-5, "observe": None})],
+)  # fmt: skip
+
+
+def batch_norm(
+    input: Any, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None,
+    training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+) -> Any:  # fmt: skip
+    """Every channel of (N, C, *) to mean 0 and variance 1, then `* weight + bias`.
+
+    With `training` the batch's own statistics are used, and the running ones (tensors (C,) or
+    None) move towards them in place by `momentum`, the variance unbiased; without it the running
+    ones are used. Source: torch.nn.functional.batch_norm.
+    """
+    channels = input.shape[1]
+    for name, value in (("running_mean", running_mean), ("running_var", running_var),
+                        ("weight", weight), ("bias", bias)):  # fmt: skip
+        if value is not None and value.shape[0] != channels:
+            raise RuntimeError(f"{name} should contain {channels} elements not {value.shape[0]}")
+    if training:
+        return _normalized_by_batch(input, running_mean, running_var, weight, bias, momentum, eps)
+    if running_mean is None or running_var is None:
+        raise RuntimeError(
+            "Expected running_mean and running_var to be defined when training=False"
+        )
+    by_channel = (channels,) + (1,) * (input.ndim - 2)
+    scale = rsqrt(running_var + eps)
+    scale = scale if weight is None else scale * weight
+    shift = -running_mean * scale if bias is None else bias - running_mean * scale
+    return input * reshape(scale, by_channel) + reshape(shift, by_channel)
+
+
+def _normalized_by_batch(
+    input: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any, momentum: float,
+    eps: float,
+) -> Any:  # fmt: skip
+    channels = input.shape[1]
+    count = math.prod(input.shape) // channels
+    if count <= 1:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {input.shape}"
+        )
+
+    def observe(centre: np.ndarray, variance: np.ndarray) -> None:
+        if running_mean is not None:
+            _move(running_mean, centre, momentum)
+        if running_var is not None:
+            _move(running_var, variance * (count / (count - 1)), momentum)
+
+    x = reshape(input, (input.shape[0], channels, -1))
+    y = _batch_norm(x, weight, bias, eps=eps, observe=observe)
+    return reshape(y, tuple(input.shape))
+
+
+def _move(running: Any, value: np.ndarray, momentum: float) -> None:
+    running.set_array(running._data * (1 - momentum) + value * momentum)
