@@ -13,11 +13,11 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import psutil
-from zmq.utils.garbage import GarbageCollectorThread, gc
+import zmq
+from zmq.utils.garbage import GarbageCollectorThread
 
 __all__ = ["LeakError", "check_leaks", "snapshot"]
 
@@ -29,18 +29,16 @@ class LeakError(AssertionError):
 def snapshot() -> dict[str, str]:
     """{what: description} of everything this process holds that can leak."""
     held: dict[str, str] = {}
-    frames = sys._current_frames()
     for thread in threading.enumerate():
         if not isinstance(thread, GarbageCollectorThread):
-            stack = "".join(traceback.format_stack(frames.get(thread.ident or 0)))
-            held[f"thread {thread.name} ({thread.ident})"] = stack
-    for child in psutil.Process().children(recursive=True):
-        held[f"process {child.pid}"] = child.name()
+            held[f"thread {thread.name} ({thread.ident})"] = ""
+    for task in os.listdir("/proc/self/task"):
+        with suppress(FileNotFoundError):  # a thread that has just ended
+            for child in Path(f"/proc/self/task/{task}/children").read_text().split():
+                held[f"process {child}"] = ""
     for fd in os.listdir("/proc/self/fd"):
-        try:
+        with suppress(FileNotFoundError):  # the one that listed the directory
             held[f"descriptor {fd}"] = os.readlink(f"/proc/self/fd/{fd}")
-        except FileNotFoundError:
-            continue  # the one that listed the directory
     # Names carry the process id: other jobs on this machine are not ours to judge.
     for directory in (Path(tempfile.gettempdir()), Path("/dev/shm")):
         for path in directory.glob(f"dtrain-{os.getpid()}-*"):
@@ -51,13 +49,14 @@ def snapshot() -> dict[str, str]:
 @contextmanager
 def check_leaks(grace: float = 2.0) -> Iterator[None]:
     """Raise `LeakError` if the block leaves anything behind; not if the block itself raises."""
-    gc.store(b"")  # pyzmq's own thread, which lives as long as the process: start it before counting
+    # What pyzmq opens for zero-copy lives as long as the process: have it opened before counting.
+    zmq.Frame(bytearray(1), copy=False, copy_threshold=0)
     before = snapshot()
     yield
     deadline = time.monotonic() + grace
     while left := _new(before, snapshot()):
         if time.monotonic() >= deadline:
-            raise LeakError("left behind:\n" + "\n".join(f"{k}: {v}" for k, v in left.items()))
+            raise LeakError("left behind:\n" + "\n".join(map(_describe, left.items())))
         time.sleep(0.01)
 
 
@@ -67,3 +66,12 @@ def _new(before: dict[str, str], after: dict[str, str]) -> dict[str, str]:
         for what, text in after.items()
         if what not in before or (what.startswith("descriptor") and before[what] != text)
     }
+
+
+def _describe(item: tuple[str, str]) -> str:
+    what, text = item
+    for thread in threading.enumerate():
+        if what == f"thread {thread.name} ({thread.ident})":
+            frame = sys._current_frames().get(thread.ident or 0)
+            text = "\n" + "".join(traceback.format_stack(frame))
+    return f"{what}: {text}"

@@ -18,7 +18,6 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from dtrain.comm.group import ProcessGroup
@@ -162,8 +161,7 @@ def _run_processes(
 ) -> list[Outcome]:
     if not isinstance(transport, str):
         raise TypeError("process ranks need the name of a transport")
-    with_server = partial(StoreServer)
-    server = with_server()
+    server = StoreServer()
     module = sys.modules[fn.__module__]
     task = {
         "path": sys.path,

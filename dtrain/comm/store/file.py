@@ -2,7 +2,7 @@
 
 Owns: the format of that log: msgpack values, first {"dtrain store": 1, "run": run id}, then [command, args] of every
 command that changed something. Rules: 1. a reader or writer holds an exclusive `fcntl` lock while it works. 2. A log
-of another run id is left over from an earlier job: it is started afresh. 3. A half-written command at the end (its
+of another run id is left over from an earlier job: it is unlinked and a new one begun. 3. A half-written command at the end (its
 writer was killed) is cut off by the next writer. Waiting means looking again: a file cannot wake anybody.
 """
 
@@ -32,7 +32,7 @@ _FIRST_LOOK, _LAST_LOOK = 0.001, 0.05  # seconds between looks, doubling
 class FileStore(Store):
     """The store in the file `path`, made if it is missing. All ranks of a job must give the same `run_id`.
 
-    The file stays behind. A later job with another run id empties it; one with the same run id goes on with its keys,
+    The file stays behind. A later job with another run id begins a new one; one with the same run id goes on with its keys,
     and a gather that the earlier job left incomplete is reported as such instead of waiting for ranks that are gone.
     """
 
@@ -41,22 +41,46 @@ class FileStore(Store):
     ) -> None:
         super().__init__(timeout)
         self.path, self.run_id = Path(path), run_id
-        try:
-            # Private to the user: whoever can write the log can write the job's keys.
-            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise DistStoreError(f"cannot open the store file {path}: {error.strerror}") from error
         self._thread_lock = threading.Lock()
         self._closed = False
-        self._reset()
-        with self._locked():
-            if not self._catch_up():
-                os.ftruncate(self._fd, 0)
-                self._append(self._head())
+        self._open()
+
+    def _open(self) -> None:
+        """Open the log of this run; one of another run is unlinked, and so left to those who still have it open."""
+        while True:
+            self._reset()
+            try:
+                # Private to the user: whoever can write the log can write the job's keys.
+                self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            except OSError as error:
+                raise DistStoreError(f"cannot open {self.path}: {error.strerror}") from error
+            try:
+                with self._locked():
+                    if self._is_linked() and self._join_run():
+                        return
+            except BaseException:
+                self.close()
+                raise
+            os.close(self._fd)
+
+    def _is_linked(self) -> bool:
+        return os.fstat(self._fd).st_nlink > 0
+
+    def _join_run(self) -> bool:
+        """Read the log, or begin it if it is empty; False when it was of another run and has been unlinked."""
+        run = self._catch_up()
+        if run is None:
+            self._append({_MARK: 1, "run": self.run_id})
+            self._run = self.run_id
+        elif run != self.run_id:
+            self.path.unlink()
+            return False
+        return True
 
     def _reset(self) -> None:
         self._table = Table()
         self._at = 0  # end of what the table has seen
+        self._run: str | None = None
 
     def _call(self, command: str, args: list[Any], timeout: float) -> Any:
         deadline, pause = time.monotonic() + timeout, _FIRST_LOOK
@@ -76,8 +100,9 @@ class FileStore(Store):
 
     def _do(self, command: str, args: list[Any]) -> Any:
         with self._locked():
-            if not self._catch_up():
-                raise DistStoreError(f"the store file {self.path} has been taken over by another run")
+            if not self._is_linked():
+                raise DistStoreError(f"{self.path} has been removed or taken over by another run")
+            self._catch_up()
             result = self._table.do(command, args)
             if command in MUTATING:
                 self._append([command, args])
@@ -95,25 +120,20 @@ class FileStore(Store):
             finally:
                 fcntl.flock(self._fd, fcntl.LOCK_UN)
 
-    def _catch_up(self) -> bool:
-        """Apply what others have written since the last look; False when the log is of another run."""
-        size = os.fstat(self._fd).st_size
-        if size < self._at:  # started afresh by another run
-            return False
-        unpacker = msgpack.Unpacker(raw=False, strict_map_key=False)
-        unpacker.feed(os.pread(self._fd, size - self._at, self._at))
+    def _catch_up(self) -> str | None:
+        """Apply what others have written since the last look; the run id of the log, None for an empty one."""
         start = self._at
+        unpacker = msgpack.Unpacker(raw=False, strict_map_key=False)
+        unpacker.feed(os.pread(self._fd, os.fstat(self._fd).st_size - start, start))
         for entry in unpacker:
-            if self._at == 0:
-                if entry != self._head():
-                    return False
-            else:
+            if self._run is not None:
                 self._table.do(*entry)
+            elif isinstance(entry, dict) and _MARK in entry:
+                self._run = entry["run"]
+            else:
+                raise DistStoreError(f"{self.path} is not a store file: it is left as it is")
             self._at = start + unpacker.tell()
-        return self._at > 0
-
-    def _head(self) -> dict[str, Any]:
-        return {_MARK: 1, "run": self.run_id}
+        return self._run
 
     def _append(self, entry: Any) -> None:
         data = dumps(entry)

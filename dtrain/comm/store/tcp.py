@@ -13,7 +13,8 @@ import os
 import threading
 import time
 from dataclasses import dataclass
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import zmq
 
@@ -82,6 +83,17 @@ class StoreServer:
         self._context.destroy(linger=100)
         os.close(self._stop_read)
         os.close(self._stop_write)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
 
     def _serve(self) -> None:
         sockets = [(self._socket, zmq.POLLIN), (self._stop_read, zmq.POLLIN)]

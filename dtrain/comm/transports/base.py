@@ -23,7 +23,12 @@ from dtrain.comm.transports.mailbox import ANY_SOURCE, Accept, Array, Mailbox, R
 from dtrain.errors import DistError, ForkedProcessError, PeerLost, TransportTimeout
 from dtrain.wire import dumps, loads
 
-__all__ = ["ANY_SOURCE", "Factory", "Peer", "Transport", "create", "known", "register", "rendezvous"]
+__all__ = ["ANY_SOURCE", "Factory", "Peer", "Transport", "create", "known", "register", "rendezvous", "seconds_left"]
+
+
+def seconds_left(deadline: float) -> float:
+    """How long a wait may last until it looks again: until the deadline, and never beyond what a lock can wait."""
+    return max(0.0, min(deadline - time.monotonic(), 3600.0))
 
 
 @dataclass(frozen=True, slots=True)

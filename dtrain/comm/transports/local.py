@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import itertools
 import os
-import time
 import weakref
 
 from dtrain.comm.store.base import Store
-from dtrain.comm.transports.base import Transport, rendezvous
+from dtrain.comm.transports.base import Transport, rendezvous, seconds_left
 from dtrain.comm.transports.mailbox import Array, as_bytes
 from dtrain.errors import DistNetworkError, PeerLost
 
@@ -56,9 +55,8 @@ class LocalTransport(Transport):
     def _advance(self, version: int, deadline: float) -> None:
         box = self.mailbox
         with box.changed:
-            box.changed.wait_for(
-                lambda: box.version != version, max(0.0, deadline - time.monotonic())
-            )
+            if box.version == version:
+                box.changed.wait(seconds_left(deadline))
 
     def flush(self, deadline: float) -> None:
         """Nothing to wait for: `send` has already copied."""

@@ -26,7 +26,7 @@ from zmq.utils.monitor import parse_monitor_message
 from dtrain.comm import security
 from dtrain.comm.store.base import Store
 from dtrain.comm.topology import host_id
-from dtrain.comm.transports.base import Transport, rendezvous
+from dtrain.comm.transports.base import Transport, rendezvous, seconds_left
 from dtrain.comm.transports.mailbox import ANY_SOURCE, Array, as_bytes
 from dtrain.errors import DistNetworkError, PeerLost, TransportTimeout
 from dtrain.wire import CHUNK, Header, WireError, pack, unpack
@@ -214,7 +214,7 @@ class ZmqTransport(Transport):
             if box.version != version:
                 return
             if self._pumping:
-                box.changed.wait(max(0.0, deadline - time.monotonic()))
+                box.changed.wait(seconds_left(deadline))
                 return
             self._pumping = True
         try:
@@ -227,7 +227,7 @@ class ZmqTransport(Transport):
     def _pump(self, deadline: float) -> None:
         """Wait for one message, or for a connection to break."""
         until = min(deadline, *self._suspects.values()) if self._suspects else deadline
-        patience = max(0, math.ceil((until - time.monotonic()) * 1000))
+        patience = math.ceil(seconds_left(until) * 1000)
         ready = [s for s, _ in zmq.zmq_poll([(self._inbox, _IN), (self._monitor, _IN)], patience)]
         if self._inbox in ready:
             self._receive()

@@ -1,0 +1,231 @@
+"""Transports: one conformance suite over all of them, and what is special about each."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zmq
+
+from dtrain.comm import security
+from dtrain.comm.collectives import Barrier
+from dtrain.comm.group import ProcessGroup
+from dtrain.comm.store.memory import MemoryStore
+from dtrain.comm.transports import base
+from dtrain.comm.transports.local import LocalTransport
+from dtrain.comm.transports.zmq import ZmqTransport
+from dtrain.errors import DistNetworkError, ForkedProcessError, PeerLost, StoreTimeout
+from dtrain.testing.conformance import TRANSPORT_CHECKS, check_transport
+from dtrain.testing.world import run_ranks, run_world
+
+TRANSPORTS = {
+    "local": "local",
+    "zmq": "zmq",
+    "zmq over tcp": partial(ZmqTransport, where="tcp://127.0.0.1"),
+}
+
+
+@pytest.mark.parametrize("check", TRANSPORT_CHECKS)
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_conformance(transport, check):
+    check_transport(TRANSPORTS[transport], sizes=(1, 2, 3), checks=[check])
+
+
+def test_the_suite_catches_a_transport_that_loses_messages():
+    class Lossy(LocalTransport):
+        def _send(self, dst, tag, buf, note):
+            if buf.nbytes != 100:
+                super()._send(dst, tag, buf, note)
+
+    with pytest.raises(AssertionError):
+        run_world(2, lambda group: _moves(group.transport), transport=Lossy)
+
+
+def _moves(transport):
+    """The message of 100 bytes is missing, so that the next one is found in its place."""
+    for nbytes in (1, 100, 200):
+        transport.send(1 - transport.rank, 0, np.zeros(nbytes, np.uint8))
+    for nbytes in (1, 100, 200):
+        out = np.zeros(nbytes, np.uint8)
+        try:
+            transport.recv_into(1 - transport.rank, 0, out, 1e18)
+        except RuntimeError as error:
+            raise AssertionError(str(error)) from error
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(ValueError, match=re.escape("unknown transport 'smh' (known: local, zmq)")):
+        ProcessGroup(MemoryStore(), 0, 1, transport="smh")
+
+
+def test_a_registered_transport_is_found_by_name(monkeypatch):
+    monkeypatch.setattr(base, "_factories", dict(base._factories))
+    base.register("mine", LocalTransport)
+    assert base.known() == ["local", "mine", "zmq"]
+    run_world(2, lambda group: group.submit(Barrier()), transport="mine")
+
+
+def test_ranks_that_do_not_come_are_named():
+    with pytest.raises(StoreTimeout) as caught:
+        ProcessGroup(MemoryStore(), 1, 3, transport="zmq", timeout=0.05)
+    assert caught.value.ranks == [0, 2]
+
+
+def test_local_refuses_ranks_of_other_processes():
+    store = MemoryStore(5)
+    rendezvous = base.dumps([base.host_id(), os.getpid() + 1, "elsewhere"])
+
+    class Stranger(MemoryStore):
+        def _gather(self, key, rank, size, value, timeout):
+            return [value, rendezvous]
+
+    del store
+    with pytest.raises(DistNetworkError, match="ranks \\[1\\] live in other processes"):
+        LocalTransport(Stranger(), 0, 2, 1.0)
+
+
+def test_zmq_refuses_ranks_of_other_hosts():
+    class Far(MemoryStore):
+        def _gather(self, key, rank, size, value, timeout):
+            return [value, base.dumps(["another host", 1, "ipc:///nowhere"])]
+
+    with pytest.raises(DistNetworkError, match="ranks \\[1\\] are on other hosts"):
+        ZmqTransport(Far(), 0, 2, 1.0)
+
+
+def test_a_unix_socket_lies_in_a_private_directory_that_goes_away():
+    def look(group):
+        directory = group.transport._listener.directory
+        group.submit(Barrier())
+        return str(directory), stat.S_IMODE(directory.stat().st_mode)
+
+    for directory, mode in run_world(2, look, transport="zmq"):
+        assert mode == 0o700
+        assert not Path(directory).exists()
+
+
+def test_a_long_temporary_directory_does_not_break_unix_sockets(tmp_path, monkeypatch):
+    long = tmp_path / ("d" * 100)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    run_world(2, lambda group: group.submit(Barrier()), transport="zmq")
+
+
+@pytest.mark.parametrize("where", ["tcp://0.0.0.0", "tcp://*:0", "tcp://10.1.2.3:0", "tcp://x:1"])
+def test_only_loopback_may_be_bound(where):
+    context = security.context()
+    try:
+        socket = security.open_socket(context, zmq.DEALER)
+        with pytest.raises(DistNetworkError, match="refusing to listen"):
+            security.listen(socket, where)
+    finally:
+        context.destroy(linger=0)
+
+
+@pytest.mark.parametrize("where", ["tcp://127.0.0.1", "tcp://localhost:0", "ipc"])
+def test_loopback_and_private_paths_may_be_bound(where):
+    context = security.context()
+    socket = security.open_socket(context, zmq.DEALER)
+    listener = security.listen(socket, where)
+    context.destroy(linger=0)
+    listener.remove()
+    listener.remove()
+    assert listener.address.startswith(("tcp://127.0.0.1:", "ipc:///"))
+
+
+def test_a_forked_child_is_told_so_and_the_parent_goes_on():
+    def fork(group):
+        if group.rank == 0:
+            _in_child(lambda: group.submit(Barrier()))
+        group.submit(Barrier())
+
+    for transport in ("local", "zmq"):
+        run_world(2, fork, transport=transport)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def _in_child(call):
+    """Run `call` in a forked child, which must get a ForkedProcessError."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            call()
+        except ForkedProcessError:
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_stranger_in_the_inbox_is_ignored(caplog):
+    def meet(group):
+        group.submit(Barrier())
+        if group.rank == 0:
+            context = security.context()
+            stranger = security.open_socket(context, zmq.DEALER)
+            stranger.connect(group.transport._peers[1].address)
+            stranger.send_multipart([b"hello", b"world"])
+            stranger.send(security.zmq.Frame(b"DTR1" + bytes(60)))
+            context.destroy(linger=1000)
+        group.submit(Barrier())
+        group.submit(Barrier())
+
+    run_world(2, meet, transport="zmq")
+    assert {record.message for record in caplog.records} <= {
+        "rank 1 ignored a message that does not belong to its job"
+    }
+
+
+def test_a_large_message_is_chunked_and_counted_once():
+    """12 MiB are two chunks, one message."""
+
+    def exchange(group):
+        transport, other = group.transport, 1 - group.rank
+        buf = np.arange(3 << 20, dtype=np.int32) + group.rank
+        out = np.zeros_like(buf)
+        receive = transport.post(other, 0, out)
+        transport.send(other, 0, buf)
+        transport.wait(receive, 1e18)
+        transport.flush(1e18)
+        buf[:] = -1
+        assert (out == np.arange(3 << 20) + other).all()
+        counts = transport.messages_sent, transport.bytes_sent
+        group.submit(Barrier())
+        return counts
+
+    for transport in ("local", "zmq"):
+        assert run_world(2, exchange, transport=transport) == [(1, 12 << 20)] * 2
+
+
+def dies_holding_a_socket(group, victim):
+    """The victim kills itself; the others say who is lost, and how long they took to see it."""
+    transport = group.transport
+    if group.rank == victim:
+        for peer in {0, 1, 2} - {victim}:
+            transport.recv_into(peer, 1, np.zeros(1), base.time.monotonic() + 20)
+        os.kill(os.getpid(), 9)
+    transport.send(victim, 1, np.zeros(1))
+    started = base.time.monotonic()
+    try:
+        group.transport.recv_into(victim, 7, np.zeros(1), started + 20)
+    except PeerLost as loss:
+        return [loss.rank, loss.orderly, base.time.monotonic() - started]
+
+
+def test_sigkill_is_seen_within_a_second_and_leaves_no_socket_behind():
+    before = set(Path(tempfile.gettempdir()).glob("dtrain-*"))
+    outcomes = run_ranks(3, dies_holding_a_socket, 1, transport="zmq", processes=True)
+    assert outcomes[1].status == -9
+    for rank in (0, 2):
+        lost, orderly, seconds = outcomes[rank].value
+        assert (lost, orderly) == (1, False)
+        assert seconds < 1.0
+    pids = {path.name.split("-")[1] for path in set(Path(tempfile.gettempdir()).glob("dtrain-*")) - before}
+    assert not {pid for pid in pids if not Path(f"/proc/{pid}").exists()}
