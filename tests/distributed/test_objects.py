@@ -1,0 +1,127 @@
+"""Object collectives and the codec behind them: plain data only, and never a pickle."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+import dtrain as torch
+import dtrain.distributed as dist
+from dtrain.distributed.codec import decode, encode
+from dtrain.testing.distributed import run_distributed
+
+scalars = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(), st.binary(),
+    st.complex_numbers(allow_nan=False),
+)  # fmt: skip
+keys = st.one_of(st.integers(-5, 5), st.text(max_size=3), st.tuples(st.integers(), st.text()))
+plain = st.recursive(
+    scalars,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.tuples(inner, inner),
+        st.dictionaries(keys, inner, max_size=4),
+        st.sets(st.integers(), max_size=4),
+    ),
+    max_leaves=12,
+)
+
+
+@given(plain)
+@settings(max_examples=200, deadline=None)
+def test_round_trip(value):
+    assert decode(encode(value)) == value
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int8", "int64", "float16", "bfloat16", "complex64"])
+@pytest.mark.parametrize("shape", [(), (0, 3), (2, 3)])
+def test_arrays_and_tensors_keep_dtype_and_shape(dtype, shape):
+    tensor = torch.ones(*shape, dtype=getattr(torch, dtype))
+    back = decode(encode({"t": tensor, "a": tensor.numpy()[..., None].swapaxes(0, -1)}))
+    assert back["t"].dtype is tensor.dtype
+    assert back["t"].shape == shape
+    assert isinstance(back["a"], np.ndarray)
+    assert back["t"].numpy().flags.writeable
+
+
+class Foreign:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("value", "path"),
+    [
+        ({"model": [1, Foreign()]}, r"object\['model'\]\[1\]"),
+        (lambda: 0, "object"),
+        (np.array([object()]), "object"),
+    ],
+)
+def test_what_cannot_be_sent_is_named(value, path):
+    with pytest.raises(TypeError, match=rf"{path}: .*cannot be sent"):
+        encode(value)
+
+
+def test_a_cycle_ends_in_an_error():
+    loop: list = []
+    loop.append(loop)
+    with pytest.raises(TypeError, match="nested deeper than"):
+        encode(loop)
+
+
+@given(st.binary(max_size=60))
+@settings(max_examples=300, deadline=None)
+def test_garbage_is_a_value_or_a_value_error(data):
+    try:
+        decode(data)
+    except ValueError:
+        pass
+
+
+def test_a_pickle_is_not_run():
+    """The bytes of a pickle that would exit the interpreter are only bytes here."""
+    payload = b"cposix\n_exit\n(I3\ntR."
+    with pytest.raises(ValueError, match="malformed object"):
+        decode(payload)
+    assert "pickle" not in {m for m in sys.modules if m.startswith("dtrain")}
+
+
+def check_objects():
+    """Sizes differ between ranks, so that padding and lengths matter."""
+    rank, n = dist.get_rank(), dist.get_world_size()
+    mine = {"rank": rank, "text": "x" * (100 * rank), "t": torch.full((rank,), 1.5)}
+    every = [None] * n
+    dist.all_gather_object(every, mine)
+    assert [e["rank"] for e in every] == list(range(n))
+    assert [len(e["text"]) for e in every] == [100 * r for r in range(n)]
+    assert [e["t"].numel() for e in every] == list(range(n))
+
+    got = [None] * n if rank == 1 else None
+    dist.gather_object(("r", rank), got, dst=1)
+    assert rank != 1 or got == [("r", r) for r in range(n)]
+
+    shared = [rank, {"from": rank}, math.pi]
+    dist.broadcast_object_list(shared, src=2)
+    assert shared == [2, {"from": 2}, math.pi]
+
+    out = [None]
+    dist.scatter_object_list(out, [f"for {i}" * i for i in range(n)] if rank == 0 else None, src=0)
+    assert out == [f"for {rank}" * rank]
+
+    if rank == 0:
+        dist.send_object_list([1, "two"], dst=1)
+    if rank == 1:
+        received: list = [None, None]
+        assert dist.recv_object_list(received, src=0) == 0
+        assert received == [1, "two"]
+    with pytest.raises(ValueError, match="one place per rank"):
+        dist.all_gather_object([], mine)
+    dist.barrier()
+
+
+@pytest.mark.parametrize("transport", ["local", "zmq"])
+def test_object_collectives(transport):
+    run_distributed(3, check_objects, transport=transport)
