@@ -15,12 +15,13 @@ from collections.abc import Mapping
 
 from dtrun import errors
 from dtrun.group import Group, Signals, flush
+from dtrun.keeper import CANNOT_START
 from dtrun.output import make_log_dir
 from dtrun.rendezvous import reserve_port
 from dtrun.spec import Attempt, Spec, threads_line
 from dtrun.streams import Streams
 
-BAD_ADDRESS, CANNOT_START = 2, 126
+BAD_ADDRESS = 2
 
 
 class Agent:

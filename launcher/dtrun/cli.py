@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from dtrun import keeper, options, output
-from dtrun.agent import CANNOT_START, Agent
+from dtrun.agent import Agent
+from dtrun.keeper import CANNOT_START
 from dtrun.rendezvous import make_run_dir, remove_run_dir
 from dtrun.spec import Spec
 

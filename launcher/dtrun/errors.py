@@ -11,9 +11,11 @@ import signal
 import time
 from typing import NamedTuple
 
+from dtrun.spec import BOOTSTRAP
+
 RULE, THIN_RULE = "=" * 60, "-" * 60
 # Frames of the launcher's bootstrap in a faulthandler dump, where they cannot be cut off before.
-BOOTSTRAP_FRAMES = ("/dtrun/worker.py", "<frozen runpy>")
+BOOTSTRAP_FRAMES = (BOOTSTRAP, "<frozen runpy>")
 
 
 class Failure(NamedTuple):
@@ -43,6 +45,7 @@ class Recorded(NamedTuple):
     traceback: str = ""
     lost_peer: bool = False
     time: float | None = None
+    thread: str | None = None  # of an exception that did not end the process, and was printed
 
 
 def read_recorded(path: str, fault_path: str, exitcode: int) -> Recorded:
@@ -63,6 +66,7 @@ def read_recorded(path: str, fault_path: str, exitcode: int) -> Recorded:
             str(fields["traceback"]),
             bool(fields["lost_peer"]),
             float(fields["time"]),
+            fields["thread"],
         )
     except (ValueError, KeyError, TypeError):
         return Recorded(traceback=text)  # written by the program itself, in a form of its own
@@ -124,7 +128,8 @@ def _line(failure: Failure) -> str:
         return f"{who}: stopped by dtrun ({signal_name(failure.stopped_by)})"
     code = failure.exitcode
     how = f"exitcode {code}" if code >= 0 else f"exitcode {code} ({signal_name(-code)})"
-    return f"{who}: {how}{', ' if failure.message else ''}{failure.message}"
+    message = f", {failure.message}" if failure.message else ""
+    return f"{who}: {how}{message}{' (lost a peer)' if failure.lost_peer else ''}"
 
 
 def _read(path: str) -> str:

@@ -134,7 +134,8 @@ class Group:
         worker = self._workers[local_rank]
         path = error_file(self._attempt, local_rank)
         recorded = read_recorded(path, fault_file(self._attempt, local_rank), worker.returncode)
-        self._log_traceback(local_rank, recorded.traceback)
+        if recorded.thread is None:
+            self._log_traceback(local_rank, recorded.traceback)
         kept = self._spec.log_dir is not None and os.path.exists(path)
         return Failure(
             rank=self._spec.rank(local_rank),

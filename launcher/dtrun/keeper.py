@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dtrun import errors, process
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+CANNOT_START = 126  # exit code, as a shell's for a command that cannot be executed
 # The launcher needs less than one second to stop; this is for a launcher that cannot go on.
 PATIENCE_SECONDS = 2.0
 
@@ -37,7 +38,12 @@ def keep(launch: Callable[[set[signal.Signals]], int], clean: Callable[[], None]
         if stream is not None:  # None: it was closed when we started
             stream.flush()
     keeper = os.getpid()
-    child = os.fork()
+    try:
+        child = os.fork()
+    except OSError as error:
+        clean()
+        print(f"dtrun: error: cannot start the launcher: {error}", file=sys.stderr)
+        return CANNOT_START
     if child == 0:
         os.setsid()
         process.die_with(keeper, signal.SIGTERM)

@@ -3,8 +3,8 @@
 dtrun starts this file by its path: `worker.py script|module TARGET ARGS...`. It imports nothing of
 dtrun, and the script sees what `python TARGET ARGS...` (or `python -m`) would have given it: argv,
 path[0], `__main__`, exit code. An uncaught exception goes to TORCHELASTIC_ERROR_FILE and is shown
-by dtrun, in full and once; frames of this file are left out. Crashes (faulthandler) go to
-a file in the run directory. A hook that the script puts into sys.excepthook is called as usual.
+by dtrun, in full and once; frames of this file are left out. Crashes (faulthandler) go to a file
+in the run directory. A hook that the script puts into sys.excepthook is called as usual.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ class Recorder:
     def __init__(self, path: str) -> None:
         self.path = path
         self.pid = os.getpid()
+        self.rank = int(os.environ["RANK"])
 
     def record(self, error: BaseException, thread: str | None = None) -> bool:
         """Write `error` atomically and say whether that was done; a forked child never does."""
@@ -59,7 +60,7 @@ class Recorder:
 
         fields = {
             "time": time.time(),
-            "rank": int(os.environ["RANK"]),
+            "rank": self.rank,
             "pid": self.pid,
             "thread": thread,
             "lost_peer": lost_peer(error),
@@ -84,7 +85,7 @@ def lost_peer(error: BaseException | None) -> bool:
     while error is not None:
         if any(kind.__name__ == "PeerLost" for kind in type(error).__mro__):
             return True
-        error = error.__cause__ or error.__context__
+        error = error.__context__ if error.__cause__ is None else error.__cause__
     return False
 
 

@@ -8,6 +8,7 @@ import signal
 import pytest
 
 from dtrun.errors import Failure, exit_code, read_recorded, report, root_cause
+from dtrun.spec import BOOTSTRAP
 
 
 def failure(rank, time, **fields):
@@ -54,7 +55,7 @@ def test_the_report_shows_the_cause_in_full_and_a_line_for_each_other():
     assert "host      : host1" in cause
     assert trace in cause
     assert others.splitlines()[1:3] == [
-        "  rank 0 (local_rank: 0, pid: 100): exitcode 1, PeerLost: rank 1 is lost",
+        "  rank 0 (local_rank: 0, pid: 100): exitcode 1, PeerLost: rank 1 is lost (lost a peer)",
         "  rank 2 (local_rank: 2, pid: 102): stopped by dtrun (SIGTERM)",
     ]
 
@@ -71,7 +72,7 @@ def test_an_exit_without_a_traceback_is_said():
 
 
 def test_an_error_file_is_read(tmp_path):
-    fields = {"message": "E: m", "traceback": "T", "lost_peer": True, "time": 5.5}
+    fields = {"message": "E: m", "traceback": "T", "lost_peer": True, "time": 5.5, "thread": "T"}
     (tmp_path / "error.json").write_text(json.dumps(fields))
     found = read_recorded(str(tmp_path / "error.json"), str(tmp_path / "none"), 1)
     assert found._asdict() == fields
@@ -87,7 +88,7 @@ def test_a_strange_error_file_is_shown_as_it_is(text, tmp_path):
 def test_a_crash_is_told_by_the_fault_log_without_the_bootstrap(tmp_path):
     (tmp_path / "fault").write_text(
         "Fatal Python error: Segmentation fault\n\n"
-        '  File "train.py", line 6 in <module>\n  File "/x/dtrun/worker.py", line 9 in run\n'
+        f'  File "train.py", line 6 in <module>\n  File "{BOOTSTRAP}", line 9 in run\n'
     )
     found = read_recorded(str(tmp_path / "none"), str(tmp_path / "fault"), -11)
     assert found.message == "Fatal Python error: Segmentation fault"
