@@ -9,19 +9,11 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from dtrain.nn import init as init, modules as modules
-from dtrain.nn.modules.container import (
-    ModuleDict as ModuleDict,
-    ModuleList as ModuleList,
-    ParameterDict as ParameterDict,
-    ParameterList as ParameterList,
-    Sequential as Sequential,
-)
-from dtrain.nn.modules.linear import Identity as Identity, Linear as Linear
-from dtrain.nn.modules.module import Module as Module
+from dtrain.nn import functional as functional, init as init, modules as modules, utils as utils
+from dtrain.nn.modules import *  # noqa: F403  (the list of names is modules.__all__)
 from dtrain.nn.parameter import Buffer as Buffer, Parameter as Parameter
 
-_LAZY = ("functional", "parallel")
+_LAZY = ("parallel",)
 
 
 def __getattr__(name: str) -> Any:

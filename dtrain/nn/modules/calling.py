@@ -296,7 +296,7 @@ def _pass_through(values: tuple[Any, ...], seen: Any) -> tuple[tuple[Any, ...], 
         # Changing it in place would change what the module has saved: one version for both, and
         # refused as it is for every view among several.
         tensor._share(values[i])
-        tensor._one_of_many = True
+        tensor._one_of_many = "BackwardHookFunction"
         passed[i] = tensor
     return tuple(passed), places
 

@@ -9,11 +9,10 @@ import math
 from typing import Any
 
 from dtrain import dtypes
-from dtrain.nn import init
+from dtrain.nn import functional as F, init
 from dtrain.nn.modules.module import Module
 from dtrain.nn.parameter import Parameter
 from dtrain.ops.create import empty
-from dtrain.ops.linalg import linear
 from dtrain.tensor import Tensor
 
 
@@ -64,7 +63,7 @@ class Linear(Module):
             init.uniform_(self.bias, -bound, bound)
 
     def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight, self.bias)  # type: ignore[no-any-return]
+        return F.linear(input, self.weight, self.bias)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         return (

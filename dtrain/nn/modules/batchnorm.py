@@ -1,0 +1,126 @@
+"""Normalisation over a batch: BatchNorm1d, 2d and 3d.
+
+Training uses the batch's statistics and follows them with running ones, evaluation uses the
+running ones if there are any. Source: torch.nn.modules.batchnorm.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dtrain import dtypes
+from dtrain.nn import functional as F, init
+from dtrain.nn.modules.normalization import _Affine
+from dtrain.ops.create import ones, tensor, zeros
+from dtrain.tensor import Tensor
+
+
+class _BatchNorm(_Affine):
+    """What the three have in common; they differ in the number of dimensions they take.
+
+    `momentum` weighs the newest batch in the running statistics; None: they are plain averages.
+    """
+
+    _version = 2
+    _dims: tuple[int, ...]
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: dtypes.dtype | None = None,
+        *,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.eps = eps
+        self.momentum = momentum
+        self.affine = affine
+        self.track_running_stats = track_running_stats
+        options = {"device": device, "dtype": dtype}
+        self._make((num_features,), affine, affine and bias, **options)
+        tracked = {
+            "running_mean": lambda: zeros(num_features, **options),
+            "running_var": lambda: ones(num_features, **options),
+            "num_batches_tracked": lambda: tensor(0, dtype=dtypes.int64, device=device),
+        }
+        for name, first in tracked.items():
+            self.register_buffer(name, first() if track_running_stats else None)
+        self.reset_parameters()
+
+    def reset_running_stats(self) -> None:
+        """Forget the batches seen."""
+        if self.running_mean is not None:
+            init.zeros_(self.running_mean)
+            init.ones_(self.running_var)  # type: ignore[arg-type]
+            self.num_batches_tracked.zero_()  # type: ignore[union-attr]
+
+    def reset_parameters(self) -> None:
+        """Forget the batches seen; weight 1, bias 0."""
+        self.reset_running_stats()
+        super().reset_parameters()
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.ndim not in self._dims:
+            expected = " or ".join(f"{n}D" for n in self._dims)
+            raise ValueError(f"expected {expected} input (got {input.ndim}D input)")
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        tracking = self.training and self.track_running_stats
+        factor = self.momentum
+        if tracking and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)  # type: ignore[attr-defined]
+            if factor is None:
+                factor = 1.0 / self.num_batches_tracked.item()
+        of_batch = self.training or (self.running_mean is None and self.running_var is None)
+        use_running = tracking or not self.training
+        return F.batch_norm(  # type: ignore[no-any-return]
+            input,
+            self.running_mean if use_running else None,
+            self.running_var if use_running else None,
+            self.weight, self.bias, of_batch, 0.0 if factor is None else factor, self.eps,
+        )  # fmt: skip
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        # Version 1 had no count of batches.
+        key = prefix + "num_batches_tracked"
+        if (local_metadata.get("version") or 1) < 2 and self.num_batches_tracked is not None:
+            state_dict.setdefault(key, tensor(0, dtype=dtypes.int64))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, "
+            f"affine={self.affine}, bias={self.bias is not None}, "
+            f"track_running_stats={self.track_running_stats}"
+        )
+
+
+class BatchNorm1d(_BatchNorm):
+    """Batch normalisation of (N, C) or (N, C, L). Source: torch.nn.BatchNorm1d."""
+
+    _dims = (2, 3)
+
+
+class BatchNorm2d(_BatchNorm):
+    """Batch normalisation of (N, C, H, W). Source: torch.nn.BatchNorm2d."""
+
+    _dims = (4,)
+
+
+class BatchNorm3d(_BatchNorm):
+    """Batch normalisation of (N, C, D, H, W). Source: torch.nn.BatchNorm3d."""
+
+    _dims = (5,)
