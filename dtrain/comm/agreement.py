@@ -59,7 +59,7 @@ class Agreement:
         self._lock = threading.Lock()
         self._reports: defaultdict[int, dict[int, Report]] = defaultdict(dict)  # {seq: {rank: ..}}
         self._announced: set[int] = set()
-        self._heard: dict[int, int] = {}  # {rank: highest seq it is known to have started}
+        self.heard: dict[int, int] = {}  # {rank: highest seq it has started}
         self.told: DistError | None = None  # the failure that another rank told first
         transport.on_news = self._on_news
 
@@ -77,7 +77,6 @@ class Agreement:
 
     def inspect(self, record: CallRecord, source: int, note: bytes, nbytes: int) -> None:
         """Compare the fingerprint in the first message of `source` with the call of this rank."""
-        self._heard[source] = max(record.seq, self._heard.get(source, -1))
         signature, site = read_note(note)
         if signature != record.signature:
             with self._lock:
@@ -116,7 +115,7 @@ class Agreement:
             self._hear(source, *rest)
 
     def _hear(self, source: int, seq: int, signature: str, site: str, last: list[str]) -> None:
-        self._heard[source] = max(seq, self._heard.get(source, -1))
+        self.heard[source] = max(seq, self.heard.get(source, -1))
         with self._lock:
             self._reports[seq][source] = Report(signature, site, last, told=True)
         mine = self._recorder.find(seq)
@@ -176,7 +175,7 @@ class Agreement:
         )
 
     def _whereabouts(self, rank: int) -> str:
-        seq = self._heard.get(rank)
+        seq = self.heard.get(rank)
         if seq is None:
             return "it has not been heard from in this group"
         with self._lock:

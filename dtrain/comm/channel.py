@@ -7,14 +7,14 @@ is compared with it before one byte is written. A wait that takes long tells eve
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
+from dtrain.comm.record import CallRecord
 from dtrain.comm.transports.base import Transport
 from dtrain.comm.transports.mailbox import Array, Receive
 from dtrain.errors import TransportTimeout
 
-__all__ = ["Channel", "Inspector", "note_of", "read_note"]
+__all__ = ["Channel", "Watcher", "note_of", "read_note"]
 
 
 def note_of(signature: str, site: str) -> bytes:
@@ -28,10 +28,19 @@ def read_note(note: bytes) -> tuple[str, str]:
     return signature, site
 
 
-class Inspector(Protocol):
-    """Whoever judges fingerprints: raises when `note` of `source` does not fit the running call."""
+class Watcher(Protocol):
+    """Who judges fingerprints and tells others what this rank waits in (`agreement.Agreement`).
 
-    def __call__(self, source: int, note: bytes, nbytes: int) -> None: ...
+    `heard`: {rank: highest sequence number it is known to have started}.
+    """
+
+    heard: dict[int, int]
+
+    def inspect(self, record: CallRecord, source: int, note: bytes, nbytes: int) -> None:
+        """Raise when the fingerprint `note` of `source` is not that of `record`."""
+
+    def announce(self, record: CallRecord) -> None:
+        """Tell all ranks that this one waits in `record`."""
 
 
 class Channel:
@@ -40,28 +49,32 @@ class Channel:
     def __init__(
         self,
         transport: Transport,
-        tag: int,
-        note: bytes,
+        watcher: Watcher,
+        record: CallRecord,
         *,
-        inspect: Inspector,
-        stalled: Callable[[], None],
         stall_at: float,
         deadline: float,
     ) -> None:
         self.rank, self.size = transport.rank, transport.size
         self.peers = [r for r in range(self.size) if r != self.rank]
-        self._transport = transport
-        self._tag, self._note = tag, note
-        self._inspect, self._stalled = inspect, stalled
+        self._transport, self._watcher = transport, watcher
+        self._record, self._tag = record, record.seq
+        self._note = note_of(record.signature, record.site)
         self._stall_at, self._deadline = stall_at, deadline
         self._greeted: set[int] = set()  # peers that have been sent the fingerprint
         self._expected: set[int] = set()  # peers whose fingerprint a posted receive checks
 
     def post(self, src: int, out: Array) -> Receive:
         """Start to receive `out` from `src`."""
-        first = src not in self._expected
+        if src in self._expected:
+            return self._transport.post(src, self._tag, out)
         self._expected.add(src)
-        return self._transport.post(src, self._tag, out, self._inspect if first else None)
+        return self._transport.post(src, self._tag, out, self._inspect)
+
+    def _inspect(self, source: int, note: bytes, nbytes: int) -> None:
+        self._watcher.heard[source] = self._tag
+        if note != self._note:  # equal when the calls were made at the same line, too
+            self._watcher.inspect(self._record, source, note, nbytes)
 
     def send(self, dst: int, buf: Array) -> None:
         """Send `buf` to `dst`; it must not change before `flush`, or before `dst` answers."""
@@ -77,7 +90,7 @@ class Channel:
         try:
             self._transport.wait(receive, self._stall_at)
         except TransportTimeout:
-            self._stalled()
+            self._watcher.announce(self._record)
             self._transport.wait(receive, self._deadline)
 
     def flush(self) -> None:

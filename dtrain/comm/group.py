@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dtrain.comm.agreement import STALL, Agreement, Disturbed
-from dtrain.comm.channel import Channel, note_of
+from dtrain.comm.channel import Channel
 from dtrain.comm.collectives import Collective
 from dtrain.comm.point_to_point import Pending, Recv, Send
 from dtrain.comm.record import CallRecord, GroupStatistics, Recorder, call_site
@@ -80,8 +80,9 @@ class ProcessGroup:
         self._recorder = Recorder()
         self._agreement = Agreement(name, self.transport, self._recorder)
         self._children: Counter[str] = Counter()  # {members: how many groups of them were made}
-        # All below changes under `_changed` only.
-        self._changed = threading.Condition()
+        # All below changes under `_lock` only.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._next_seq = 0
         self._queue: deque[_Job] = deque()
         self._running: _Job | None = None
@@ -112,11 +113,11 @@ class ProcessGroup:
 
     def _submit_collective(self, call: Collective, timeout: float, async_op: bool) -> Work:
         signature, site = call.signature, call_site()
-        with self._changed:
+        with self._lock:
             self._check_open(signature)
-            record = CallRecord(self._next_seq, signature, site)
+            record = CallRecord(self.name, self._next_seq, signature, site)
             self._next_seq += 1
-            job = _Job(call, record, timeout, Work(self._where(record), call.output))
+            job = _Job(call, record, timeout, Work(record, call.output))
             at_once = not async_op and self._running is None and not self._queue
             if at_once:
                 self._running = job
@@ -140,9 +141,6 @@ class ProcessGroup:
             f"group {self.name!r}: {what} cannot run, the group has failed: {self._failure}"
         )
 
-    def _where(self, record: CallRecord) -> str:
-        return f"group {self.name!r} #{record.seq} {record.signature}"
-
     def _enqueue(self, job: _Job) -> None:
         self._queue.append(job)
         if self._thread is None:
@@ -155,7 +153,7 @@ class ProcessGroup:
     def _serve(self) -> None:
         """The group's thread: run what is queued until the group is closed."""
         while True:
-            with self._changed:
+            with self._lock:
                 self._changed.wait_for(
                     lambda: self._running is None and (bool(self._queue) or self._closed)
                 )
@@ -166,7 +164,7 @@ class ProcessGroup:
 
     def _run(self, job: _Job) -> None:
         error = self._execute(job)
-        with self._changed:
+        with self._lock:
             self._running = None
             self._changed.notify_all()
         job.work.finish(error)
@@ -177,29 +175,23 @@ class ProcessGroup:
         record = job.record
         try:
             if self._failure is not None:
-                raise self._too_late(self._where(record)) from self._failure
+                raise self._too_late(str(record)) from self._failure
             self._recorder.begin(record)
             self._agreement.enter(record)
-            channel = self._channel(job, started)
+            channel = Channel(
+                self.transport,
+                self._agreement,
+                record,
+                stall_at=started + STALL,
+                deadline=started + job.timeout,
+            )
             job.call.run(channel)
             channel.flush()
         except BaseException as error:
-            return self._fail(error, self._where(record), record.seq, job.timeout)
+            return self._fail(error, str(record), record.seq, job.timeout)
         record.done = True
         self._recorder.count(job.call.kind, job.call.nbytes, time.monotonic() - started)
         return None
-
-    def _channel(self, job: _Job, started: float) -> Channel:
-        record = job.record
-        return Channel(
-            self.transport,
-            record.seq,
-            note_of(record.signature, record.site),
-            inspect=partial(self._agreement.inspect, record),
-            stalled=partial(self._agreement.announce, record),
-            stall_at=started + STALL,
-            deadline=started + job.timeout,
-        )
 
     def _point_to_point(self, call: Send | Recv, timeout: float) -> Work:
         self._check_open(str(call))
@@ -240,7 +232,7 @@ class ProcessGroup:
 
     def _poison(self, error: BaseException) -> BaseException:
         """Make `error` the reason of every later failure, here and (unless it came from there) elsewhere."""
-        with self._changed:
+        with self._lock:
             if self._failure is not None:
                 return self._failure if isinstance(error, DistError) else error
             self._failure = error
@@ -294,7 +286,7 @@ class ProcessGroup:
 
     def statistics(self) -> GroupStatistics:
         """Counters since the group was made."""
-        with self._changed:
+        with self._lock:
             queued, running = len(self._queue), self._running is not None
             started = self._next_seq - queued
         return GroupStatistics(
@@ -310,7 +302,7 @@ class ProcessGroup:
 
         Waits at most about `timeout` seconds for calls that are under way and aborts them then.
         """
-        with self._changed:
+        with self._lock:
             if self._closed:
                 return
             self._closed = True
@@ -318,7 +310,7 @@ class ProcessGroup:
             idle = self._changed.wait_for(self._idle, timeout)
         if not idle:
             self.abort(f"closed while calls were under way ({self!r})")
-            with self._changed:
+            with self._lock:
                 self._changed.wait_for(self._idle, 1.0)
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(1.0)
@@ -329,7 +321,7 @@ class ProcessGroup:
 
     def abandon(self) -> None:
         """Leave without goodbye: to the others this rank has died. For tests of just that."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._changed.notify_all()
         self.transport.abandon()
@@ -352,7 +344,7 @@ class ProcessGroup:
         return f"{head}{self._state()}>"
 
     def _state(self) -> str:
-        with self._changed:
+        with self._lock:
             running, queued = self._running, len(self._queue)
             if self._failure is not None:
                 return f"failed: {type(self._failure).__name__}"

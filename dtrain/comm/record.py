@@ -35,12 +35,17 @@ def call_site() -> str:
 class CallRecord:
     """One call of this rank: what it was, where it was made, whether it has finished."""
 
+    group: str
     seq: int
     signature: str
     site: str
     done: bool = False
 
     def __str__(self) -> str:
+        return f"group {self.group!r} #{self.seq} {self.signature}"
+
+    def told(self) -> str:
+        """The call as one of the last ones in an error."""
         return f"#{self.seq} {self.signature} at {self.site}{'' if self.done else ' (unfinished)'}"
 
 
@@ -90,7 +95,7 @@ class Recorder:
 
     def last(self) -> list[str]:
         """The last calls in words, oldest first."""
-        return [str(record) for record in list(self.ring)[-TOLD:]]
+        return [record.told() for record in list(self.ring)[-TOLD:]]
 
     def snapshot(self) -> dict[str, KindStatistics]:
         return {k: KindStatistics(int(c), int(b), s) for k, (c, b, s) in list(self.kinds.items())}

@@ -47,9 +47,10 @@ class Future(Generic[T]):
         if self._drive is not None and not self._done:
             self._drive(timeout)
             timeout = 0.0
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._done, timeout):
-                raise TimeoutError(f"the future is not complete after {timeout} s")
+        if not self._done:
+            with self._changed:
+                if not self._changed.wait_for(lambda: self._done, timeout):
+                    raise TimeoutError(f"the future is not complete after {timeout} s")
         return self.value()
 
     def value(self) -> T:
@@ -113,11 +114,14 @@ class Future(Generic[T]):
 
 
 class Work:
-    """One submitted call. Returned by `ProcessGroup.submit`; complete it with `wait`."""
+    """One submitted call. Returned by `ProcessGroup.submit`; complete it with `wait`.
+
+    `what` names the call in errors (by `str`, when one is raised).
+    """
 
     def __init__(
         self,
-        what: str,
+        what: object,
         output: Array | None,
         drive: Callable[[float | None], None] | None = None,
     ) -> None:

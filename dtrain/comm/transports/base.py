@@ -26,6 +26,18 @@ from dtrain.wire import dumps, loads
 __all__ = ["ANY_SOURCE", "Factory", "Peer", "Transport", "create", "known", "register", "rendezvous", "seconds_left"]
 
 
+# How many forks lie between the first process and this one; cheaper to compare than the process id.
+_forks = 0
+
+
+def _count_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+os.register_at_fork(after_in_child=_count_fork)
+
+
 def seconds_left(deadline: float) -> float:
     """How long a wait may last until it looks again: until the deadline, and never beyond what a lock can wait."""
     return max(0.0, min(deadline - time.monotonic(), 3600.0))
@@ -63,7 +75,7 @@ class Transport(ABC):
         self.bytes_sent = 0
         self.closed = False
         self.on_news: Callable[[int, bytes], None] = lambda source, body: None
-        self._owner = os.getpid()
+        self._owner, self._forks = os.getpid(), _forks
 
     # ---- what each medium brings
 
@@ -175,7 +187,7 @@ class Transport(ABC):
 
     def check_usable(self) -> None:
         """Raise in a forked child (`ForkedProcessError`) and after `close` (`PeerLost`)."""
-        if os.getpid() != self._owner:
+        if self._forks != _forks:
             raise ForkedProcessError(f"the {self.name} transport of rank {self.rank}", self._owner)
         if self.closed:
             raise PeerLost(self.rank, where="this transport", orderly=True)

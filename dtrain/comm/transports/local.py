@@ -54,7 +54,7 @@ class LocalTransport(Transport):
 
     def _advance(self, version: int, deadline: float) -> None:
         box = self.mailbox
-        with box.changed:
+        with box.lock:
             if box.version == version:
                 box.changed.wait(seconds_left(deadline))
 

@@ -2,7 +2,7 @@
 
 Owns: matching by (source, tag), in order of arrival and of posting; what happens to receives when a peer or the whole
 transport fails. Used by every transport, knows none of them.
-Rules: 1. everything changes under `changed` (one condition variable) and moves `version` on.
+Rules: 1. everything changes under `lock`; what somebody may wait for moves `version` on and notifies `changed`.
 2. A receive that is posted before its message comes is written straight into its destination.
 3. Messages that have arrived can be received even after their sender is gone.
 """
@@ -112,7 +112,8 @@ class Mailbox:
     """The receiving end of one rank: posted receives, messages that came early, news, failures."""
 
     def __init__(self, size: int) -> None:
-        self.changed = threading.Condition()
+        self.lock = threading.RLock()
+        self.changed = threading.Condition(self.lock)
         self.version = 0
         self.size = size
         self.failure: BaseException | None = None  # the reason why nothing is received any more
@@ -125,7 +126,7 @@ class Mailbox:
 
     def touch(self) -> None:
         """Wake every thread that waits for something to change."""
-        with self.changed:
+        with self.lock:
             self._moved()
 
     def _moved(self) -> None:
@@ -134,7 +135,7 @@ class Mailbox:
 
     def post(self, receive: Receive) -> None:
         """Match `receive` with a message that is here, or keep it for one to come."""
-        with self.changed:
+        with self.lock:
             incoming = self._take_early(receive.src, receive.tag)
             if incoming is not None:
                 incoming.attach(receive)
@@ -174,7 +175,7 @@ class Mailbox:
 
         A chunk that has to wait for its receive is kept by reference if it is `owned`, else copied.
         """
-        with self.changed:
+        with self.lock:
             self._arrivals += 1
             incoming = Incoming(src, note, nbytes, self._arrivals)
             receive = self._take_posted(src, tag)
@@ -200,7 +201,7 @@ class Mailbox:
 
     def write(self, src: int, chunk: Any) -> None:
         """The next bytes of the message arriving from `src`, to be kept by reference."""
-        with self.changed:
+        with self.lock:
             incoming = self._arriving.get(src)
             if incoming is not None:  # else: lost in the middle of its message
                 self._write(incoming, chunk, True)
@@ -215,17 +216,20 @@ class Mailbox:
 
     def add_news(self, src: int, body: bytes) -> None:
         """A message for the group rather than for a receive."""
-        with self.changed:
+        with self.lock:
             self._news.append((src, body))
             self._moved()
 
     def take_news(self) -> tuple[int, bytes] | None:
-        with self.changed:
+        """The oldest news that nobody has taken."""
+        if not self._news:
+            return None
+        with self.lock:
             return self._news.popleft() if self._news else None
 
     def lose(self, src: int, loss: PeerLost) -> None:
         """`src` is gone: receives from it fail. The first loss of a peer is the one that counts."""
-        with self.changed:
+        with self.lock:
             if src in self.lost:
                 return
             self.lost[src] = loss
@@ -237,7 +241,7 @@ class Mailbox:
 
     def fail(self, error: BaseException) -> None:
         """Every receive, now and later, fails with `error`; nothing is written to their arrays any more."""
-        with self.changed:
+        with self.lock:
             self.failure = error
             for incoming in self._arriving.values():
                 if incoming.receive is not None:

@@ -33,8 +33,9 @@ from dtrain.wire import CHUNK, Header, WireError, pack, unpack
 
 __all__ = ["ZmqTransport"]
 
-# Kinds of messages. INLINE carries note and payload behind its header, DATA in a second frame.
-INLINE, DATA, MORE, NEWS, GOODBYE, WAKE = range(6)
+# Kinds of messages. INLINE carries note and payload behind its header, DATA and MORE in a second frame; STRANGE is no
+# message of ours.
+INLINE, DATA, MORE, NEWS, GOODBYE, WAKE, STRANGE = range(7)
 
 GRACE = 0.2
 
@@ -49,7 +50,8 @@ _FLUSH_LOOK = 0.05
 
 _log = logging.getLogger("dtrain.comm")
 
-_IN = zmq.POLLIN
+# Plain numbers: operations on pyzmq's enums cost microseconds.
+_IN, _MORE, _NOW = int(zmq.POLLIN), int(zmq.SNDMORE), int(zmq.DONTWAIT)
 _GREETED = zmq.EVENT_HANDSHAKE_SUCCEEDED
 _BROKEN = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 
@@ -85,6 +87,7 @@ class ZmqTransport(Transport):
         self._listener = security.listen(self._inbox, where)
         self._outbox = security.open_socket(self._out_context, zmq.ROUTER)
         self._monitor = self._outbox.get_monitor_socket(_BROKEN | _GREETED)
+        self._polled = [(self._inbox, _IN), (self._monitor, _IN)]
         self._peers = rendezvous(store, self.rank, self.size, self._listener.address, timeout)
         self._check_reachable()
         addresses = [peer.address for peer in self._peers]
@@ -124,7 +127,7 @@ class ZmqTransport(Transport):
                 kind, extra = (MORE, b"") if start else (DATA, note)
                 head = pack(Header(kind, self.rank, tag, data.nbytes, self._job), extra)
                 chunk = data[start : start + CHUNK].data
-                self._push(dst, head, zmq.SNDMORE)
+                self._push(dst, head, _MORE)
                 if data.nbytes < _COPY_BELOW:
                     self._outbox.send(chunk)
                 else:
@@ -148,7 +151,7 @@ class ZmqTransport(Transport):
             raise self.mailbox.lost[dst].copy()
         self._connect(dst)
         try:
-            self._outbox.send(self._ids[dst], zmq.SNDMORE)
+            self._outbox.send(self._ids[dst], _MORE)
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
@@ -210,7 +213,7 @@ class ZmqTransport(Transport):
     def _advance(self, version: int, deadline: float) -> None:
         """One of the waiting threads looks into the inbox, the others wait for it to hand on that duty."""
         box = self.mailbox
-        with box.changed:
+        with box.lock:
             if box.version != version:
                 return
             if self._pumping:
@@ -220,7 +223,7 @@ class ZmqTransport(Transport):
         try:
             self._pump(deadline)
         finally:
-            with box.changed:
+            with box.lock:
                 self._pumping = False
                 box.changed.notify_all()
 
@@ -228,28 +231,29 @@ class ZmqTransport(Transport):
         """Wait for one message, or for a connection to break."""
         until = min(deadline, *self._suspects.values()) if self._suspects else deadline
         patience = math.ceil(seconds_left(until) * 1000)
-        ready = [s for s, _ in zmq.zmq_poll([(self._inbox, _IN), (self._monitor, _IN)], patience)]
-        if self._inbox in ready:
-            self._receive()
-        elif self._monitor in ready:  # only when the inbox is empty: a goodbye comes first
-            self._note_event()
-        elif self._suspects:
+        ready = zmq.zmq_poll(self._polled, patience)
+        if not ready:
             self._judge()
+        elif ready[0][0] is self._inbox:
+            self._receive()
+        else:  # only when the inbox is empty: a goodbye comes first
+            self._note_event()
 
     def _receive(self) -> None:
         """Take one message out of the inbox."""
-        head = self._inbox.recv(zmq.DONTWAIT)
+        head = self._inbox.recv(_NOW)
         try:
             header, body = unpack(head)
         except WireError:
-            header, body = Header(-1), b""
-        frames = []
-        while self._inbox.rcvmore:
-            frames.append(self._inbox.recv(zmq.DONTWAIT, copy=False))
+            header, body = Header(STRANGE), b""
+        chunk = None
+        if header.kind in (DATA, MORE, STRANGE):
+            while self._inbox.getsockopt(zmq.RCVMORE):
+                chunk = self._inbox.recv(_NOW, copy=False).buffer
         if header.job != self._job or not 0 <= header.src < self.size:
             _log.warning("rank %d ignored a message that does not belong to its job", self.rank)
             return
-        self._deliver(header, body, frames[0].buffer if frames else None)
+        self._deliver(header, body, chunk)
 
     def _deliver(self, header: Header, body: bytes, chunk: memoryview | None) -> None:
         kind, src, tag, nbytes, _ = header
@@ -269,7 +273,7 @@ class ZmqTransport(Transport):
             self.mailbox.touch()
 
     def _note_event(self) -> None:
-        event = parse_monitor_message(self._monitor.recv_multipart(zmq.DONTWAIT))
+        event = parse_monitor_message(self._monitor.recv_multipart(_NOW))
         peer = self._rank_at[event["endpoint"].decode()]
         if event["event"] == _GREETED:
             self._greeted.add(peer)
@@ -318,7 +322,7 @@ class ZmqTransport(Transport):
             return False
         self.closed = True
         self.fail(PeerLost(self.rank, orderly=True))
-        with self.mailbox.changed:  # nobody else may be inside a socket that is closed
+        with self.mailbox.lock:  # nobody else may be inside a socket that is closed
             self.mailbox.changed.wait_for(lambda: not self._pumping, 1.0)
         return True
 
