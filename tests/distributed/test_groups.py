@@ -17,7 +17,7 @@ from dtrain.testing.distributed import run_distributed
 
 
 def in_threads(size, fn):
-    """Run fn(rank) in `size` threads, each a rank with a world of its own; raise what they raise."""
+    """Run fn(rank) in `size` threads, each with a world of its own; raise what they raise."""
     errors = []
 
     def main(rank):
