@@ -83,7 +83,7 @@ def make_parser() -> Parser:
     add("--monitor-interval", type=float, default=0.1, help="no effect: deaths are seen at once")
     add("--rdzv-backend", default="static", help="static; c10d on one node means --standalone")
     add("--rdzv-endpoint", default="", metavar="HOST[:PORT]", help="as --master-addr and -port")
-    add("--rdzv-id", default="none", help="the run id")
+    add("--rdzv-id", default=options.NO_RUN_ID, help="the run id; one node alone makes one up")
     add("--rdzv-conf", default="", help="not supported yet")
     parser.add_argument("training_script", nargs="?", help="script, module (-m) or program")
     parser.add_argument("training_script_args", nargs=argparse.REMAINDER)

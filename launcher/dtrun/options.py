@@ -12,6 +12,7 @@ import os
 from dtrun.spec import MODULE, PROGRAM, SCRIPT, Spec, cores
 
 DEFAULT_PORT = 29500  # torchrun's, for several nodes; on one node a free port is reserved
+NO_RUN_ID = "none"  # torchrun's default
 DEFAULT_PREFIX = "[rank${rank}]: "
 TEMPORARY_LOGS = "dtrun_logs"
 
@@ -35,7 +36,7 @@ def spec_from(given: argparse.Namespace) -> Spec:
         node_rank=given.node_rank,
         master_addr=addr,
         master_port=port,
-        run_id=os.urandom(8).hex() if given.standalone else given.rdzv_id,
+        run_id=run_id(given, nnodes),
         role=given.role,
         max_restarts=restarts(given.max_restarts, nnodes),
         log_dir=log_dir(given.log_dir, any(redirects + tee)),
@@ -65,6 +66,13 @@ def nodes(text: str) -> int:
     if most not in ("", least):
         raise ValueError(f"--nnodes {text}: a changing number of nodes is not supported yet")
     return int(least)
+
+
+def run_id(given: argparse.Namespace, nnodes: int) -> str:
+    """--rdzv-id; on one node, where nobody else must know it, an id that no other run has."""
+    if given.standalone or (nnodes == 1 and given.rdzv_id == NO_RUN_ID):
+        return os.urandom(8).hex()
+    return str(given.rdzv_id)
 
 
 def restarts(count: int, nnodes: int) -> int:

@@ -35,7 +35,7 @@ def test_defaults():
     spec = parse(["train.py"])
     assert (spec.target, spec.args, spec.kind) == ("train.py", (), SCRIPT)
     assert (spec.nproc, spec.nnodes, spec.node_rank, spec.world_size) == (1, 1, 0, 1)
-    assert (spec.master_addr, spec.master_port, spec.run_id) == ("127.0.0.1", 0, "none")
+    assert (spec.master_addr, spec.master_port) == ("127.0.0.1", 0)
     assert (spec.role, spec.max_restarts, spec.log_dir, spec.prefix) == ("default", 0, None, "")
 
 
@@ -73,10 +73,16 @@ def test_several_nodes_meet_at_torchs_port():
     assert parse(["--nnodes", "2:2", "train.py"]).master_port == 29500
 
 
-def test_standalone_has_a_run_id_of_its_own():
-    one, other = (parse(["--standalone", "train.py"]).run_id for _ in range(2))
+@pytest.mark.parametrize("flags", [[], ["--standalone"], ["--standalone", "--rdzv-id", "job"]])
+def test_a_node_alone_makes_up_a_run_id(flags):
+    one, other = (parse([*flags, "train.py"]).run_id for _ in range(2))
     assert one != other
     assert len(one) == 16
+
+
+def test_a_given_run_id_is_kept_and_several_nodes_share_torchs_default():
+    assert parse(["--rdzv-id", "job", "train.py"]).run_id == "job"
+    assert parse(["--nnodes", "2", "train.py"]).run_id == "none"
 
 
 @pytest.mark.parametrize(
@@ -107,7 +113,7 @@ def test_defaults_come_from_the_environment(monkeypatch):
         monkeypatch.setenv(f"PET_{name}", value)
     spec = parse(["train.py"])
     assert (spec.nproc, spec.max_restarts, spec.kind) == (4, 2, SCRIPT)
-    assert spec.run_id != "none"
+    assert len(spec.run_id) == 16
     assert parse(["--nproc-per-node", "2", "train.py"]).nproc == 2
 
 

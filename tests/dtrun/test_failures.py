@@ -104,7 +104,7 @@ def test_a_failed_rank_leaves_its_error_file_and_a_complete_log(dtrun):
     script = dtrun.script("if rank == 1: raise KeyError('k')")
     flags = ("--nproc-per-node", "2", "--log-dir", "logs", "-r", "3")
     run = dtrun.run(*flags, script)
-    (folder,) = (dtrun.folder / "logs").glob("none_*/attempt_0/1")
+    (folder,) = (dtrun.folder / "logs").glob("*_*/attempt_0/1")
     error = json.loads((folder / "error.json").read_text())
     assert (error["rank"], error["message"]) == (1, "KeyError: 'k'")
     assert error["traceback"] == (folder / "stderr.log").read_text()
