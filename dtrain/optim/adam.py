@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dtrain.optim.optimizer import Group
+from dtrain.optim.optimizer import Group, number
 from dtrain.optim.update import (
     Array,
     UpdateRule,
     blend,
     blend_square,
     gradient,
-    number,
     number_or_none,
     require_betas,
     require_options,

@@ -51,6 +51,9 @@ class Optimizer:
     `state`, {Tensor: dict}.
     """
 
+    kept_as_saved: tuple[str, ...] = ("step",)  # loaded state that is not of the parameter's dtype
+    _opt_called = False  # whether a step was made; schedules warn of one before it
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "step" in cls.__dict__:
@@ -177,7 +180,7 @@ class Optimizer:
         state: defaultdict[Any, Any] = defaultdict(dict)
         for key, value in state_dict["state"].items():
             param = params.get(key)
-            state[key if param is None else param] = _taken_over(value, param)
+            state[key if param is None else param] = _taken_over(value, param, self.kept_as_saved)
         for group, new in zip(self.param_groups, saved, strict=True):
             new["params"] = group["params"]
             if "param_names" in group:
@@ -276,6 +279,11 @@ def evaluate(closure: Callable[[], Any] | None) -> Any:
         return closure()
 
 
+def number(value: Any) -> float:
+    """A hyperparameter as a float; tensors with one element are read."""
+    return float(value.item() if isinstance(value, Tensor) else value)
+
+
 def _with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(step)
     def hooked(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
@@ -290,7 +298,7 @@ def _with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
                         f"{result}."
                     )
                 args, kwargs = result
-        self._stepping = True
+        self._stepping = self._opt_called = True
         try:
             out = step(self, *args, **kwargs)
         finally:
@@ -340,14 +348,14 @@ def _without_params(group: Group) -> Group:
     return {key: deepcopy(value) for key, value in group.items() if key != "params"}
 
 
-def _taken_over(value: Any, param: Tensor | None, key: str = "") -> Any:
-    """A copy of loaded state for `param`, tensors in its dtype except `step`."""
+def _taken_over(value: Any, param: Tensor | None, kept: tuple[str, ...], key: str = "") -> Any:
+    """A copy of loaded state for `param`, tensors in its dtype unless named in `kept`."""
     if isinstance(value, Tensor):
-        keep = param is None or key == "step" or not param.is_floating_point()
+        keep = param is None or key in kept or not param.is_floating_point()
         dtype = value._data.dtype if keep or param is None else param._data.dtype
         return make(value._data.astype(dtype))
     if isinstance(value, dict):
-        return {name: _taken_over(entry, param, name) for name, entry in value.items()}
+        return {name: _taken_over(entry, param, kept, name) for name, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_taken_over(entry, param) for entry in value)
+        return type(value)(_taken_over(entry, param, kept) for entry in value)
     return deepcopy(value)

@@ -11,13 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dtrain.optim.optimizer import Group
+from dtrain.optim.optimizer import Group, number
 from dtrain.optim.update import (
     Array,
     State,
     UpdateRule,
     gradient,
-    number,
     number_or_none,
     require,
     require_options,

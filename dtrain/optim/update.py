@@ -16,7 +16,7 @@ import numpy as np
 from dtrain import dtypes
 from dtrain.autograd.op import make
 from dtrain.ops.inplace import bump
-from dtrain.optim.optimizer import Group, Optimizer, evaluate
+from dtrain.optim.optimizer import Group, Optimizer, evaluate, number
 from dtrain.tensor import Tensor
 
 Array = np.ndarray[Any, Any]
@@ -118,15 +118,19 @@ def walk(
     They are equal in shape and dtype. Complex numbers are pairs of reals; 16-bit floats are
     computed in float32; arrays that are not contiguous are copied and written back.
     """
-    flats = [a.reshape(-1) for a in (param, grad, *state)]  # views where contiguous
+    arrays = (param, grad, *state)
+    flats = [a.reshape(-1) for a in arrays]  # views where contiguous
     if param.dtype.kind == "c":
         flats = [a.view(_real(a.dtype)) for a in flats]
     size = flats[0].size
-    for start in range(0, size, CHUNK):
-        chunk = flats if size <= CHUNK else [a[start : start + CHUNK] for a in flats]
-        _apply(rule, h, temps[:, : chunk[0].size], chunk)
-    for array, flat in zip((param, *state), (flats[0], *flats[2:]), strict=True):
-        if not array.flags.c_contiguous:
+    if size <= CHUNK:
+        _apply(rule, h, temps[:, :size], flats)
+    else:
+        for start in range(0, size, CHUNK):
+            chunk = [a[start : start + CHUNK] for a in flats]
+            _apply(rule, h, temps[:, : chunk[0].size], chunk)
+    for array, flat in zip(arrays, flats, strict=True):
+        if array is not grad and not array.flags.c_contiguous:
             array[...] = flat.view(array.dtype).reshape(array.shape)
 
 
@@ -181,24 +185,23 @@ def blend_square(average: Array, target: Array, beta: Array, weight: Array, out:
     np.add(average, out, out=average)
 
 
-def number(value: Any) -> float:
-    """A hyperparameter as a float; tensors with one element are read."""
-    return float(value.item() if isinstance(value, Tensor) else value)
-
-
 def number_or_none(value: Any) -> float | None:
     """A hyperparameter as a float, None for 0: the rule leaves the term out."""
     return number(value) or None
 
 
+def new_step(value: float = 0) -> Tensor:
+    """A 0-d tensor for `state["step"]`, as torch has it: float32, or a float64 default dtype."""
+    wide = dtypes.get_default_dtype() is dtypes.float64
+    return make(np.array(value, np.float64 if wide else np.float32))  # type: ignore[return-value]
+
+
 def advance(state: State) -> int:
-    """Count one step in `state["step"]`, a 0-d tensor as in torch, and return the count."""
-    step = state.get("step")
-    if not isinstance(step, Tensor):
-        wide = dtypes.get_default_dtype() is dtypes.float64
-        dtype = np.float64 if wide else np.float32
-        step = state["step"] = make(np.array(0 if step is None else step, dtype))
-    step._data += 1
+    """Count one step in `state["step"]` and return the count."""
+    step = state.get("step", 0)
+    if not isinstance(step, Tensor):  # the first step, or saved by an old torch
+        step = state["step"] = new_step(step)
+    np.add(step._data, 1, out=step._data)
     return int(step._data)
 
 

@@ -32,6 +32,22 @@ CASES = (
     "AdamW(params, lr=0.02, betas=(0.5, 0.6), eps=1e-3, weight_decay=0.3)",
     "AdamW(params, lr=0.02, amsgrad=True, maximize=True)",
     "AdamW(params, lr=0.02, weight_decay=0)",
+    "RMSprop(params)",
+    "RMSprop(params, lr=0.02, alpha=0.9, eps=1e-3, weight_decay=0.1, maximize=True)",
+    "RMSprop(params, lr=0.02, alpha=0.9, momentum=0.9)",
+    "RMSprop(params, lr=0.02, alpha=0.9, momentum=0.9, centered=True)",
+    "Adagrad(params)",
+    "Adagrad(params, 0.1, 0.2, 0.1, 0.5, eps=1e-3, maximize=True)",
+    "Adadelta(params)",
+    "Adadelta(params, lr=0.5, rho=0.7, eps=1e-3, weight_decay=0.1, maximize=True)",
+    "Adamax(params)",
+    "Adamax(params, lr=0.02, betas=(0.7, 0.9), eps=1e-3, weight_decay=0.1, maximize=True)",
+    "NAdam(params)",
+    "NAdam(params, lr=0.02, betas=(0.7, 0.9), weight_decay=0.1, momentum_decay=0.1)",
+    "NAdam(params, weight_decay=0.1, decoupled_weight_decay=True, maximize=True)",
+    "RAdam(params)",
+    "RAdam(params, lr=0.02, betas=(0.7, 0.9), eps=1e-3, weight_decay=0.1)",
+    "RAdam(params, weight_decay=0.1, decoupled_weight_decay=True, maximize=True)",
 )
 
 

@@ -13,8 +13,9 @@ from dtrain.optim import update
 from tests.optim.cases import CASES, DTYPES, run
 from tests.recorded import load, load_json, under
 
-# Relative and absolute: the same formulas in another order of rounding (torch fuses multiply-adds).
-TOLERANCE = {"float32": (3e-6, 1e-7), "float64": (1e-13, 1e-15)}
+# Relative and absolute, of numbers near 1: the same formulas, rounded in another order (torch fuses
+# multiply-adds). The centered RMSprop subtracts nearly equal squares and needs the absolute one.
+TOLERANCE = {"float32": (3e-6, 4e-7), "float64": (1e-13, 1e-15)}
 
 
 def close(ours, recorded, dtype):
