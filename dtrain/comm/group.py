@@ -166,7 +166,8 @@ class ProcessGroup:
         error = self._execute(job)
         with self._lock:
             self._running = None
-            self._changed.notify_all()
+            if self._thread is not None or self._closed:  # nobody else waits for that
+                self._changed.notify_all()
         job.work.finish(error)
 
     def _execute(self, job: _Job) -> BaseException | None:

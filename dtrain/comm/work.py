@@ -30,7 +30,8 @@ class Future(Generic[T]):
 
     def __init__(self, drive: Callable[[float | None], None] | None = None) -> None:
         self._drive = drive
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._completed: threading.Condition | None = None  # made by the first who has to wait
         self._done = False
         self._value: T | None = None
         self._error: BaseException | None = None
@@ -47,11 +48,15 @@ class Future(Generic[T]):
         if self._drive is not None and not self._done:
             self._drive(timeout)
             timeout = 0.0
-        if not self._done:
-            with self._changed:
-                if not self._changed.wait_for(lambda: self._done, timeout):
-                    raise TimeoutError(f"the future is not complete after {timeout} s")
+        if not self._done and not self._await(timeout):
+            raise TimeoutError(f"the future is not complete after {timeout} s")
         return self.value()
+
+    def _await(self, timeout: float | None) -> bool:
+        with self._lock:
+            if self._completed is None:
+                self._completed = threading.Condition(self._lock)
+            return self._completed.wait_for(lambda: self._done, timeout)
 
     def value(self) -> T:
         """The value of a complete future; raises its error, or RuntimeError when it is not complete."""
@@ -74,18 +79,19 @@ class Future(Generic[T]):
         self._complete(None, error)
 
     def _complete(self, value: T | None, error: BaseException | None) -> None:
-        with self._changed:
+        with self._lock:
             if self._done:
                 raise RuntimeError("the future is already complete: it can be completed once")
             self._value, self._error, self._done = value, error, True
             callbacks, self._callbacks = self._callbacks, []
-            self._changed.notify_all()
+            if self._completed is not None:
+                self._completed.notify_all()
         for callback in callbacks:
             self._run(callback)
 
     def add_done_callback(self, callback: Callable[[Future[T]], None]) -> None:
         """Call `callback(self)` on completion. What it raises is logged, as in torch: nobody else can take it."""
-        with self._changed:
+        with self._lock:
             if not self._done:
                 self._callbacks.append(callback)
                 return
