@@ -101,7 +101,7 @@ def sample(model, prompt, length):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="a file to learn from, instead of the standard library")
-    parser.add_argument("--checkpoint", default="gpt.safetensors", help="written at the end")
+    parser.add_argument("--checkpoint", default="gpt.safetensors", help="written every 20 steps")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
     for option, default in {"steps": 400, "batch-size": 16, "context": 96, "seed": 0}.items():
         parser.add_argument(f"--{option}", type=int, default=default, help=f"default {default}")
@@ -138,8 +138,8 @@ def main():
                 speed, left = args.batch_size * args.context / pace, pace * (args.steps - 1 - step)
                 print(f"step {step:4d}  loss {mean.item():.4f}  valid {held_out.item():.4f}  "
                       f"{speed:6.0f} tokens/s  {left:3.0f} s left", flush=True)  # fmt: skip
+                save(args.checkpoint, model, optimizer)
     if rank == 0:
-        save(args.checkpoint, model, optimizer)
         print(sample(model, "def ", 240))
     if launched:
         dist.destroy_process_group()

@@ -1,0 +1,80 @@
+"""Every example runs, alone and under dtrun, and does what its text says; a resume is exact."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import pytest
+from safetensors.numpy import load_file
+
+from tests.end_to_end.launch import ROOT, dtrun, run
+
+EXAMPLES = ROOT / "examples"
+LOSS = re.compile(r"step +(\d+)  loss (\d+\.\d+)  valid (\d+\.\d+)")
+
+
+def test_hello_collectives():
+    """3 ranks start with r + 1: the sum is 6, rank 0's value is 1."""
+    ended = dtrun(3, EXAMPLES / "hello_collectives.py")
+    assert ended.code == 0, ended.err
+    for rank in range(3):
+        assert (
+            f"rank {rank} of 3: all_reduce 6, broadcast 1, all_gather [1.0, 2.0, 3.0], "
+            f"all_to_all {[10.0 * src + rank for src in range(3)]}" in ended.out
+        )
+
+
+@pytest.mark.parametrize("ranks", [0, 2], ids=["one process", "two ranks"])
+def test_train_digits(ranks):
+    script, options = EXAMPLES / "train_digits.py", ["--epochs", 6]
+    ended = dtrun(ranks, script, *options) if ranks else run(sys.executable, script, *options)
+    assert ended.code == 0, ended.err
+    accuracy = float(re.findall(r"accuracy (\d\.\d+)", ended.out)[-1])
+    assert accuracy > 0.93
+
+
+SMALL = ["--steps", 30, "--batch-size", 4, "--context", 24, "--data", EXAMPLES / "train_gpt.py"]
+
+# Runs a script whose process ends hard right after the second checkpoint was published.
+CRASH = """
+import os, runpy, sys
+publish, published = os.replace, []
+def replace(*names):
+    publish(*names)
+    published.append(names)
+    if len(published) == 2:
+        os._exit(3)
+os.replace = replace
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_train_gpt_learns_and_a_crash_changes_nothing(tmp_path):
+    """30 steps in one go, and 21 steps, a crash and a resume, end with the same bits."""
+    script = EXAMPLES / "train_gpt.py"
+    whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
+    once = dtrun(2, script, "--checkpoint", whole, *SMALL)
+    assert once.code == 0, once.err
+    steps = LOSS.findall(once.out)
+    assert [int(step) for step, _, _ in steps] == [0, 20, 29]
+    assert float(steps[0][1]) == pytest.approx(5.5, abs=0.4)
+    assert float(steps[-1][1]) < 4.5
+
+    (tmp_path / "crash.py").write_text(CRASH)
+    crashed = dtrun(2, tmp_path / "crash.py", script, "--checkpoint", parts, *SMALL)
+    assert crashed.code == 3, crashed.err
+    resumed = dtrun(2, script, "--resume", "--checkpoint", parts, *SMALL)
+    assert resumed.code == 0, resumed.err
+    assert LOSS.findall(resumed.out) == steps[2:]
+    ours, theirs = load_file(parts), load_file(whole)
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        assert (ours[key] == value).all(), key
+
+
+def test_train_gpt_refuses_a_file_that_is_not_there(tmp_path):
+    ended = run(sys.executable, EXAMPLES / "train_gpt.py", "--data", tmp_path / "nothing.txt")
+    assert ended.code == 1
+    assert "nothing.txt" in ended.err.splitlines()[-1]
