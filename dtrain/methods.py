@@ -11,10 +11,21 @@ from typing import Any
 
 from dtrain import dtypes
 from dtrain.autograd.promotion import cast
-from dtrain.ops import activation, create, linalg, random, reduce, sorting
-from dtrain.ops import elementwise as ew
-from dtrain.ops import index as ix
-from dtrain.ops import shape as sh
+from dtrain.ops import (
+    activation,
+    arithmetic as ar,
+    compare as cp,
+    create,
+    elementwise as ew,
+    index as ix,
+    join,
+    linalg,
+    order,
+    random,
+    reduce,
+    shape as sh,
+    sorting,
+)
 from dtrain.ops.inplace import update
 from dtrain.tensor import Tensor
 
@@ -57,75 +68,44 @@ def to_dtype(dtype: dtypes.dtype) -> Callable[[Tensor], Any]:
     return method
 
 
-def _scaled(op: Callable[..., Any]) -> Callable[..., Any]:
-    """add and sub take `alpha`, a factor of the second operand."""
-
-    def function(input: Any, other: Any, *, alpha: Any = 1) -> Any:
-        return op(input, other if alpha == 1 else other * alpha)
-
-    function.op = op.op  # type: ignore[attr-defined]
-    function.__doc__ = f"`input {'+' if op.__name__ == 'add' else '-'} alpha * other`."
-    return function
-
-
-add, sub = _scaled(ew.add), _scaled(ew.sub)
-
-
-def true_divide(input: Any, other: Any, *, rounding_mode: str | None = None) -> Any:
-    """`input / other`, rounded down ("floor"), towards zero ("trunc") or not (None).
-
-    Source: torch.div.
-    """
-    if rounding_mode is None:
-        return ew.div(input, other)
-    if rounding_mode == "floor":
-        return ew.floor_divide(input, other)
-    if rounding_mode == "trunc":
-        return cast(ew.trunc(ew.div(input, other)), dtype=input.dtype)
-    raise RuntimeError(
-        "div expected rounding_mode to be one of None, 'trunc', or 'floor' but found "
-        f"'{rounding_mode}'"
-    )
-
-
-def addcmul(input: Any, tensor1: Any, tensor2: Any, *, value: Any = 1) -> Any:
-    """`input + value * tensor1 * tensor2`. Source: torch.addcmul."""
-    return input + tensor1 * tensor2 * value
-
-
-def addcdiv(input: Any, tensor1: Any, tensor2: Any, *, value: Any = 1) -> Any:
-    """`input + value * tensor1 / tensor2`. Source: torch.addcdiv."""
-    return input + tensor1 / tensor2 * value
-
-
 OPERATORS = {
-    "add": ew.add, "sub": ew.sub, "mul": ew.mul, "truediv": ew.div, "pow": ew.pow,
-    "floordiv": ew.floor_divide, "mod": ew.remainder, "matmul": linalg.matmul,
-    "and": ew.bitwise_and, "or": ew.bitwise_or, "xor": ew.bitwise_xor,
+    "add": ar.plus, "sub": ar.minus, "mul": ar.mul, "truediv": ar.quotient,
+    "floordiv": ar.floor_divide, "mod": ar.remainder,
+    "and": cp.bitwise_and, "or": cp.bitwise_or, "xor": cp.bitwise_xor,
+    "lshift": cp.bitwise_left_shift, "rshift": cp.bitwise_right_shift,
 }  # fmt: skip
-COMPARISONS = {"eq": ew.eq, "ne": ew.ne, "lt": ew.lt, "le": ew.le, "gt": ew.gt, "ge": ew.ge}
+COMPARISONS = {"eq": cp.eq, "ne": cp.ne, "lt": cp.lt, "le": cp.le, "gt": cp.gt, "ge": cp.ge}
 
 for _name, _op in OPERATORS.items():
+    setattr(Tensor, f"__{_name}__", _op.operator)  # type: ignore[attr-defined]
+    setattr(Tensor, f"__r{_name}__", _op.reflected)  # type: ignore[attr-defined]
+    setattr(Tensor, f"__i{_name}__", in_place(_op))
+for _name, _op in {"pow": ar.pow, "matmul": linalg.matmul}.items():
     setattr(Tensor, f"__{_name}__", _op)
     setattr(Tensor, f"__r{_name}__", reflected(_op))
     setattr(Tensor, f"__i{_name}__", in_place(_op))
 for _name, _op in COMPARISONS.items():
-    setattr(Tensor, f"__{_name}__", _op)
+    setattr(Tensor, f"__{_name}__", _op.operator)  # type: ignore[attr-defined]
 Tensor.__neg__ = ew.neg  # type: ignore[attr-defined]
 Tensor.__abs__ = ew.abs  # type: ignore[attr-defined]
-Tensor.__invert__ = ew.bitwise_not  # type: ignore[attr-defined]
+Tensor.__invert__ = cp.bitwise_not  # type: ignore[attr-defined]
 Tensor.__pos__ = lambda self: self  # type: ignore[attr-defined]
 
 # {family: names}: methods that are the public function of the same name
 METHODS: dict[Any, str] = {
-    ew: """mul pow floor_divide remainder fmod atan2 neg maximum minimum exp expm1 log log2 log10
-        log1p sqrt rsqrt sin cos tan atan sinh cosh tanh sigmoid reciprocal square abs sign floor
-        ceil trunc round eq ne lt le gt ge logical_and logical_or logical_xor logical_not
-        bitwise_and bitwise_or bitwise_xor bitwise_not isnan isinf isfinite clamp lerp""",
+    ar: """add sub mul div pow floor_divide remainder fmod atan2 maximum minimum hypot logaddexp
+        xlogy clamp lerp addcmul addcdiv""",
+    cp: """eq ne lt le gt ge logical_and logical_or logical_xor logical_not bitwise_and bitwise_or
+        bitwise_xor bitwise_not isnan isinf isfinite isposinf isneginf signbit isclose allclose
+        equal""",
+    ew: """neg exp exp2 expm1 log log2 log10 log1p sqrt rsqrt sin cos tan asin acos atan sinh cosh
+        tanh asinh acosh atanh sigmoid reciprocal square abs sign floor ceil trunc round frac
+        deg2rad rad2deg logit nan_to_num""",
     reduce: """sum mean var std norm prod amax amin argmax argmin max min any all count_nonzero
         cumsum cumprod logsumexp""",
-    sh: """flatten unflatten squeeze unsqueeze transpose t movedim narrow split chunk unbind flip
-        roll contiguous clone tril triu""",
+    sh: "flatten unflatten squeeze unsqueeze transpose t movedim",
+    join: "narrow split chunk unbind tensor_split",
+    order: "flip roll contiguous clone tril triu repeat_interleave",
     ix: """gather scatter_add scatter index_select masked_fill masked_select""",
     linalg: "matmul mm bmm dot mv outer addmm diagonal",
     activation: "relu softmax log_softmax",
@@ -139,14 +119,17 @@ for _module, _names in METHODS.items():
 
 for _name, _function in {
     "view": sh.view, "reshape": sh.reshape, "permute": sh.permute, "expand": sh.expand,
-    "repeat": sh.repeat,
+    "repeat": order.repeat,
 }.items():  # fmt: skip
     setattr(Tensor, _name, sizes(_function))
 
 # {name: function}: methods whose function lives here or has another name
 OTHERS = {
-    "add": add, "sub": sub, "div": true_divide, "true_divide": true_divide, "multiply": ew.mul,
-    "addcmul": addcmul, "addcdiv": addcdiv, "negative": ew.neg, "clip": ew.clamp,
+    "true_divide": ar.div, "divide": ar.div, "subtract": ar.sub, "multiply": ar.mul,
+    "negative": ew.neg, "absolute": ew.abs, "clip": ar.clamp, "fix": ew.trunc,
+    "arcsin": ew.asin, "arccos": ew.acos, "arctan": ew.atan, "arctan2": ar.atan2,
+    "greater": cp.gt, "greater_equal": cp.ge, "less": cp.lt, "less_equal": cp.le,
+    "not_equal": cp.ne,
     "swapaxes": sh.transpose, "broadcast_to": sh.expand,
 }  # fmt: skip
 for _name, _function in OTHERS.items():

@@ -19,8 +19,9 @@ from dtrain.autograd.node import make, register_tensor_class
 from dtrain.autograd.promotion import cast
 from dtrain.autograd.value import Value, Version
 from dtrain.device import device
-from dtrain.ops import index as ix
-from dtrain.ops import shape as sh
+from dtrain.ops import index as ix, shape as sh
+from dtrain.ops.join import unbind
+from dtrain.ops.order import clone
 from dtrain.ops.inplace import bump, put, refresh_view, update, write
 from dtrain.printing import tensor_repr
 
@@ -347,7 +348,7 @@ class Tensor(Value):
     def __iter__(self) -> Iterator[Tensor]:
         if not self._data.ndim:
             raise TypeError("iteration over a 0-d tensor")
-        return iter(sh.unbind(self, 0))
+        return iter(unbind(self, 0))
 
     def __contains__(self, element: Any) -> bool:
         return bool((self == element).any())
@@ -397,7 +398,7 @@ class Tensor(Value):
         dtype, copy = parse_to(args, kwargs)
         if dtype is not None and dtype is not self.dtype:
             return cast(self, dtype=dtype)  # type: ignore[no-any-return]
-        return sh.clone(self) if copy else self  # type: ignore[no-any-return]
+        return clone(self) if copy else self  # type: ignore[no-any-return]
 
     def type(self, dtype: Any = None) -> Any:
         """The name of the type, or the tensor in another dtype."""

@@ -6,15 +6,16 @@ own operations. Source: torch.autograd.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from dtrain.autograd import engine
 from dtrain.autograd.function import Function as Function
-from dtrain.autograd.grad_mode import enable_grad as enable_grad
-from dtrain.autograd.grad_mode import inference_mode as inference_mode
-from dtrain.autograd.grad_mode import no_grad as no_grad
-from dtrain.autograd.grad_mode import set_grad_enabled as set_grad_enabled
+from dtrain.autograd.grad_mode import (
+    enable_grad as enable_grad,
+    inference_mode as inference_mode,
+    no_grad as no_grad,
+    set_grad_enabled as set_grad_enabled,
+)
 
 
 def _sequence(values: Any) -> list[Any]:

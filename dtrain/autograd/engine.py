@@ -61,50 +61,65 @@ def reachable(roots: Sequence[Any]) -> tuple[list[Node], dict[Any, int]]:
 class Pass:
     """One backward pass: the gradients in flight and where they are to arrive.
 
-    `wanted` maps the nodes and leaves asked for by `grad(...)` to their places in `found`; None
-    means that every leaf accumulates into its own `.grad`.
+    `wanted` maps the nodes and leaves asked for to their places in `found`; None means every leaf.
+    With `into_grad` a leaf accumulates into its `.grad`, else its gradient goes to `found`.
     """
 
     def __init__(
-        self, create_graph: bool, retain_graph: bool, wanted: dict[Any, list[int]] | None
-    ) -> None:
+        self, create_graph: bool, retain_graph: bool, wanted: dict[Any, list[int]] | None = None,
+        into_grad: bool = True,
+    ) -> None:  # fmt: skip
         self.create_graph = create_graph
         self.retain_graph = retain_graph
         self.wanted = wanted
+        self.into_grad = into_grad
         self.found: dict[int, Any] = {}
         self.grads: dict[Any, Any] = {}  # {Node or leaf: gradient so far}
         self.uses: dict[Any, int] = {}  # {leaf: contributions still to come}
 
     def run(self, roots: Sequence[Any], grads: Sequence[Any]) -> None:
         order, self.uses = reachable(roots)
-        useful = None if self.wanted is None else self.useful_nodes(order)
         for root, grad in zip(roots, grads, strict=True):
             self.deliver(root, grad, False)
+        if self.wanted is not None:
+            self.run_towards(self.wanted, order)
+            return
         take = self.grads.pop
         for node in order:
             grad = take(node, None)
             if grad is None:
-                if useful is None:
-                    self.skip(node)
+                self.skip(node)
                 continue
             if node.hooks is not None:
-                grad = run_hooks(node.hooks, grad, self.create_graph)
-            if useful is not None:
-                self.collect(node, grad)
-                if node not in useful:
-                    continue
+                grad = run_hooks(node.hooks, grad)
             if node.op is SELECT:
                 self.place_in_list(node, grad)
             else:
                 self.step(node, grad)
 
-    def useful_nodes(self, order: list[Node]) -> set[Node]:
-        """Nodes on a path to something wanted; the others need not run."""
-        useful: set[Node] = set()
+    def run_towards(self, wanted: dict[Any, list[int]], order: list[Node]) -> None:
+        """Run only what lies on a path to something wanted; other inputs get no gradient."""
+        useful: set[Any] = set(wanted)
         for node in reversed(order):
-            if any(e in self.wanted or e in useful for e in node.edges if e is not None):  # type: ignore[operator]
+            if any(edge in useful for edge in node.edges):
                 useful.add(node)
-        return useful
+        for node in order:
+            grad = self.grads.pop(node, None)
+            if grad is None or node not in useful:
+                self.skip(node)
+                continue
+            if node.hooks is not None:
+                grad = run_hooks(node.hooks, grad)
+            self.collect(node, grad)
+            edges = node.edges
+            node.edges = tuple([edge if edge in useful else None for edge in edges])
+            try:
+                if node.op is SELECT:
+                    self.place_in_list(node, grad)
+                elif any(node.needs):
+                    self.step(node, grad)
+            finally:
+                node.edges = edges
 
     def collect(self, place: Any, grad: Any) -> None:
         for index in self.wanted.get(place, ()):  # type: ignore[union-attr]
@@ -119,6 +134,7 @@ class Pass:
             grads = op.backward(node, grad, self.create_graph)
         if not self.retain_graph:
             release(node)
+        fresh = op.fresh and grad.__class__ is not list  # parts of a list may be handed through
         pending = self.grads
         for edge, g in zip(node.edges, grads, strict=True):
             if edge.__class__ is Node:
@@ -126,12 +142,12 @@ class Pass:
                     before = pending.get(edge)
                     pending[edge] = g if before is None else before + g
             elif edge is not None:
-                self.deliver(edge, g, g is not grad and op.fresh)
+                self.deliver(edge, g, fresh and g is not grad)
 
     def place_in_list(self, node: Node, grad: Any) -> None:
         whole = node.edges[0]
-        grads = self.grads.setdefault(whole, [None] * node.total)
-        grads[node.index] = grad
+        if whole is not None:
+            self.grads.setdefault(whole, [None] * node.total)[node.index] = grad
 
     def skip(self, node: Node) -> None:
         """No gradient reached this node: its leaves need not wait for it."""
@@ -154,34 +170,35 @@ class Pass:
             self.grads[edge] = grad
 
     def finish_leaf(self, leaf: Any, grad: Any, owned: bool) -> None:
+        if self.wanted is not None and leaf not in self.wanted:
+            return
         if leaf._hooks:
-            grad, owned = run_hooks(leaf._hooks, grad, self.create_graph), False
-        if self.wanted is not None:
+            grad, owned = run_hooks(leaf._hooks, grad), False
+        if not self.into_grad:
             self.collect(leaf, grad)
             return
-        if self.create_graph:
-            leaf._grad = grad if leaf._grad is None else leaf._grad + grad
-        else:
-            accumulate(leaf, grad, owned)
+        accumulate(leaf, grad, owned)
         if leaf._post_accumulate:
             for hook in tuple(leaf._post_accumulate.values()):
                 hook(leaf)
 
 
 def accumulate(leaf: Any, grad: Any, owned: bool) -> None:
-    """Add an array to `leaf.grad`, in place when there is one.
+    """Add a gradient to `leaf.grad`: arrays in place when there is one, Tensors out of place.
 
-    The first one is kept as it is when nobody else has it (`owned`), else copied.
+    The first array is kept as it is when nobody else has it (`owned`), else copied.
     """
+    present = leaf._grad
+    if isinstance(grad, Value):
+        leaf._grad = grad.clone() if present is None else present + grad  # type: ignore[attr-defined]
+        return
     data = leaf._data
     if grad.__class__ is not np.ndarray or grad.dtype != data.dtype:
         grad = np.asarray(grad, dtype=data.dtype)
-        owned = True
     if grad.shape != data.shape:
         raise RuntimeError(
             f"the gradient of a leaf has shape {list(grad.shape)}, the leaf {list(data.shape)}"
         )
-    present = leaf._grad
     if present is None:
         keep = owned and grad.base is None and grad.flags.writeable
         leaf._grad = make(grad if keep else grad.copy())
@@ -193,18 +210,31 @@ def accumulate(leaf: Any, grad: Any, owned: bool) -> None:
             present._version.count += 1
 
 
-def run_hooks(hooks: dict[int, Callable[..., Any]], grad: Any, create_graph: bool) -> Any:
-    """Let hooks see (as a Tensor) and replace a gradient."""
+def run_hooks(hooks: dict[int, Callable[..., Any]], grad: Any) -> Any:
+    """Let hooks see (as a Tensor) and replace a gradient; the last may be `retain_grad`'s."""
     for hook in tuple(hooks.values()):
         boxed = grad if isinstance(grad, Value) else make(np.asarray(grad))
-        with_grad = grad_enabled.set(create_graph)
-        try:
-            replaced = hook(boxed)
-        finally:
-            grad_enabled.reset(with_grad)
+        replaced = hook(boxed)
         if replaced is not None:
-            grad = replaced if create_graph else replaced._data
+            check_replacement(hook, boxed, replaced)
+            grad = replaced if grad is boxed else replaced._data
     return grad
+
+
+def check_replacement(hook: Callable[..., Any], before: Any, after: Any) -> None:
+    """What a hook returns must be able to stand for the gradient; torch's sentences."""
+    name = getattr(hook, "__name__", repr(hook))
+    if not isinstance(after, Value):
+        raise TypeError(f"expected Variable, but hook returned '{type(after).__name__}'")
+    if after._data.shape != before._data.shape:
+        raise RuntimeError(
+            f"hook '{name}' has changed the size of value: from {list(before._data.shape)} to "
+            f"{list(after._data.shape)}"
+        )
+    if after._data.dtype != before._data.dtype:
+        raise RuntimeError(
+            f"hook '{name}' has changed the type of value (was {before.type()} got {after.type()})"  # type: ignore[attr-defined]
+        )
 
 
 def differentiate_composite(node: Node, grad: Any) -> tuple[Any, ...]:
@@ -244,7 +274,7 @@ def execute(work: Pass, roots: Sequence[Any], grads: Sequence[Any]) -> None:
     assert _callbacks.get() is outer
 
 
-def initial_grad(root: Any, grad: Any, create_graph: bool) -> Any:
+def initial_grad(i: int, root: Any, grad: Any, create_graph: bool) -> Any:
     """The gradient a pass starts with: given, or 1 for a scalar root."""
     data = root._data
     if grad is None:
@@ -252,28 +282,47 @@ def initial_grad(root: Any, grad: Any, create_graph: bool) -> Any:
             raise RuntimeError("grad can be implicitly created only for scalar outputs")
         grad = make(np.ones(data.shape, data.dtype))
     if not isinstance(grad, Value):
-        raise TypeError(f"gradients can be either Tensors, or None, but got {type(grad).__name__}")
+        raise TypeError(f"gradients can be either Tensors or None, but got {type(grad).__name__}")
     if grad._data.shape != data.shape:
         raise RuntimeError(
-            f"Mismatch in shape: grad_output has a shape of {list(grad._data.shape)} and output "
-            f"has a shape of {list(data.shape)}."
+            f"Mismatch in shape: grad_output[{i}] has a shape of {grad.shape} and output[{i}] has "  # type: ignore[attr-defined]
+            f"a shape of {root.shape}."
         )
+    if grad._data.dtype != data.dtype:
+        grad = grad.to(root.dtype)  # type: ignore[attr-defined]
     return grad if create_graph else grad._data
+
+
+def place_of(tensor: Any) -> Any:
+    """Where the gradient of a tensor that requires grad arrives: its node, or the leaf itself."""
+    if tensor._base is not None:
+        tensor._refresh_view()
+    return tensor._node or tensor
 
 
 def start(
     roots: Sequence[Any], grads: Sequence[Any], create_graph: bool
 ) -> tuple[list[Any], list[Any]]:
-    edges = []
     for i, root in enumerate(roots):
         if not root._requires_grad:
             raise RuntimeError(
                 f"element {i} of tensors does not require grad and does not have a grad_fn"
             )
-        if root._base is not None:
-            root._refresh_view()
-        edges.append(root._node or root)
-    return edges, [initial_grad(r, g, create_graph) for r, g in zip(roots, grads, strict=True)]
+    first = [
+        initial_grad(i, r, g, create_graph)
+        for i, (r, g) in enumerate(zip(roots, grads, strict=True))
+    ]
+    return [place_of(root) for root in roots], first
+
+
+def places_of(inputs: Sequence[Any]) -> dict[Any, list[int]]:
+    """{place in the graph: numbers of the inputs there}."""
+    wanted: dict[Any, list[int]] = {}
+    for i, tensor in enumerate(inputs):
+        if not tensor._requires_grad:
+            raise RuntimeError("One of the differentiated Tensors does not require grad")
+        wanted.setdefault(place_of(tensor), []).append(i)
+    return wanted
 
 
 def backward(
@@ -283,16 +332,13 @@ def backward(
     create_graph: bool,
     inputs: Sequence[Any] | None = None,
 ) -> None:
-    """Accumulate gradients of `roots` into the leaves (or only into `inputs`)."""
-    if inputs is not None:
-        found = grad_of(roots, inputs, grads, retain_graph, create_graph, True)
-        for tensor, grad in zip(inputs, found, strict=True):
-            if grad is not None:
-                present = tensor._grad
-                tensor._grad = grad if present is None else present + grad
-        return
+    """Accumulate gradients of `roots` into the leaves (or only into `inputs`, leaves or not)."""
     edges, first = start(roots, grads, create_graph)
-    execute(Pass(create_graph, retain_graph, None), edges, first)
+    wanted = None if inputs is None else places_of(inputs)
+    work = Pass(create_graph, retain_graph, wanted)
+    execute(work, edges, first)
+    for i, grad in work.found.items():
+        accumulate(inputs[i], grad, False)  # type: ignore[index]
 
 
 def grad_of(
@@ -305,20 +351,14 @@ def grad_of(
 ) -> list[Any]:
     """Gradients of `roots` with respect to `inputs`, as Tensors; None where unused."""
     edges, first = start(roots, grads, create_graph)
-    wanted: dict[Any, list[int]] = {}
-    for i, tensor in enumerate(inputs):
-        if not tensor._requires_grad:
-            raise RuntimeError("One of the differentiated Tensors does not require grad")
-        if tensor._base is not None:
-            tensor._refresh_view()
-        wanted.setdefault(tensor._node or tensor, []).append(i)
-    work = Pass(create_graph, retain_graph, wanted)
+    work = Pass(create_graph, retain_graph, places_of(inputs), into_grad=False)
     execute(work, edges, first)
     results = [work.found.get(i) for i in range(len(inputs))]
-    if not allow_unused and any(r is None for r in results):
+    unused = [i for i, r in enumerate(results) if r is None]
+    if unused and not allow_unused:
         raise RuntimeError(
-            f"One of the differentiated Tensors (number {results.index(None)}) appears to not "
-            "have been used in the graph. Set allow_unused=True if this is the desired behavior."
+            f"The differentiated Tensor at index {unused[0]} appears to not have been used in the "
+            "graph. Set allow_unused=True if this is the desired behavior."
         )
     return [
         r if r is None or isinstance(r, Value) else make(np.array(r, dtype=t._data.dtype))

@@ -13,8 +13,11 @@ from typing import Any
 import numpy as np
 
 from dtrain.autograd.grad_mode import grad_enabled
-from dtrain.autograd.node import Node, check_saved, edge_of, make, select_output
-from dtrain.autograd.value import Value
+from dtrain.autograd.node import Node, check_saved, edge_of, make, select_output, version_of
+from dtrain.autograd.op import sum_to_shape
+from dtrain.autograd.promotion import cast
+from dtrain.autograd.value import Value, Version
+from dtrain.dtypes import from_numpy
 
 
 class FunctionCtx:
@@ -51,18 +54,8 @@ class FunctionCtx:
         if node is None:
             return self._to_save
         check_saved(node)
-        return tuple(
-            make(v.array, node.outputs[v.index]()) if isinstance(v, _SavedOutput) else v
-            for v in node.saved
-        )
-
-
-class _SavedOutput:
-    """A saved tensor that is a result of the function itself: kept without its node (no cycle)."""
-
-    def __init__(self, index: int, array: np.ndarray) -> None:
-        self.index = index
-        self.array = array
+        own = node.own_saved  # type: ignore[attr-defined]
+        return tuple(make(v._data, own[i]()) if i in own else v for i, v in enumerate(node.saved))
 
 
 class FunctionOp:
@@ -74,25 +67,32 @@ class FunctionOp:
 
     def __init__(self, cls: type[Function]) -> None:
         self.cls = cls
-        self.name = cls.__name__
+        self.name = f"{cls.__name__}Backward"
 
-    def kept_name(self, index: int) -> str:
-        return f"saved tensor {index}"
+    def node_name(self, node: Node) -> str:
+        return self.name
 
     def backward(self, node: Node, grad: Any, create_graph: bool) -> tuple[Any, ...]:
-        grads = grad if isinstance(grad, list) else [grad]
-        ctx = node.ctx
-        boxed = []
-        for value, (shape, dtype) in zip(grads, node.result_kinds, strict=True):
-            if value is None and ctx.materialize_grads:
-                value = np.zeros(shape, dtype)
-            boxed.append(value if value is None or isinstance(value, Value) else make(value))
-        mode = grad_enabled.set(create_graph)
-        try:
-            results = self.cls.backward(ctx, *boxed)
-        finally:
-            grad_enabled.reset(mode)
-        return self.unpack(node, results, create_graph)
+        check_saved(node)
+        ctx = node.ctx  # type: ignore[attr-defined]
+        boxed = [
+            self.box(value, kind, ctx.materialize_grads)
+            for value, kind in zip(self.by_output(node, grad), node.result_kinds, strict=True)  # type: ignore[attr-defined]
+        ]
+        return self.unpack(node, self.cls.backward(ctx, *boxed), create_graph)
+
+    def by_output(self, node: Node, grad: Any) -> list[Any]:
+        """The gradient of every result of forward: those that cannot have one get None."""
+        given = grad if isinstance(grad, list) else [grad]
+        grads: list[Any] = [None] * len(node.result_kinds)  # type: ignore[attr-defined]
+        for place, value in zip(node.places, given, strict=True):  # type: ignore[attr-defined]
+            grads[place] = value
+        return grads
+
+    def box(self, value: Any, kind: Any, materialize: bool) -> Any:
+        if value is None:
+            return make(np.zeros(*kind)) if materialize and kind is not None else None
+        return value if isinstance(value, Value) else make(value)
 
     def unpack(self, node: Node, results: Any, create_graph: bool) -> tuple[Any, ...]:
         if not isinstance(results, tuple):
@@ -102,18 +102,36 @@ class FunctionOp:
             results = results[:expected]
         if len(results) != expected:
             raise RuntimeError(
-                f"function {self.name}Backward returned an incorrect number of gradients "
+                f"function {self.name} returned an incorrect number of gradients "
                 f"(expected {expected}, got {len(results)})"
             )
-        for i, result in enumerate(results):
-            if result is not None and not isinstance(result, Value):
-                raise TypeError(
-                    f"function {self.name}Backward returned a {type(result).__name__} as gradient "
-                    f"{i}, expected a Tensor or None"
+        grads = [
+            None if r is None or edge is None else self.fit(i, r, *kind)
+            for i, (r, edge, kind) in enumerate(
+                zip(results, node.edges, node.input_kinds, strict=True)  # type: ignore[attr-defined]
+            )
+        ]
+        return tuple([g if create_graph or g is None else g._data for g in grads])
+
+    def fit(self, i: int, grad: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+        """A gradient summed down to the input's shape and in its dtype, as torch takes it."""
+        if not isinstance(grad, Value):
+            raise RuntimeError(f"expected Variable or None (got {type(grad).__name__})")
+        have = grad._data.shape
+        if have != shape:
+            if not broadcastable(shape, have):
+                raise RuntimeError(
+                    f"Function {self.name} returned an invalid gradient at index {i} - got "
+                    f"{list(have)} but expected shape compatible with {list(shape)}"
                 )
-        if create_graph:
-            return results
-        return tuple(None if r is None else r._data for r in results)
+            grad = sum_to_shape(grad, shape)
+        return grad if grad._data.dtype == dtype else cast(grad, dtype=from_numpy(dtype))
+
+
+def broadcastable(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    """Whether `shape` can be expanded to `to`."""
+    pairs = zip(shape[::-1], to[::-1], strict=False)
+    return len(shape) <= len(to) and all(a in (1, b) for a, b in pairs)
 
 
 @functools.cache
@@ -152,6 +170,7 @@ class Function:
         needs = tuple(isinstance(a, Value) and a._requires_grad for a in args)
         ctx = FunctionCtx(needs)
         recording = any(needs) and grad_enabled.get()
+        edges = tuple([edge_of(a) for a in args]) if recording else ()
         mode = grad_enabled.set(False)
         try:
             if cls.setup_context is Function.setup_context:
@@ -166,46 +185,83 @@ class Function:
         if not recording:
             return output
         results = output if isinstance(output, tuple) else (output,)
-        boxed = attach(cls, ctx, args, results)
+        boxed = attach(cls, ctx, edges, args, results)
         return tuple(boxed) if isinstance(output, tuple) else boxed[0]
 
 
 def attach(
-    cls: type[Function], ctx: FunctionCtx, args: tuple[Any, ...], results: tuple[Any, ...]
-) -> list[Any]:
+    cls: type[Function], ctx: FunctionCtx, edges: tuple[Any, ...], args: tuple[Any, ...],
+    results: tuple[Any, ...],
+) -> list[Any]:  # fmt: skip
     """Give the differentiable results of a function their node."""
-    node = Node(_op_of(cls), tuple([edge_of(a) for a in args]))
-    node.ctx, ctx._node = ctx, weakref.ref(node)
-    excluded = {id(t) for t in ctx._non_differentiable}
     dirty = {id(t) for t in ctx._dirty}
-    arguments = {id(a) for a in args}
-    boxed: list[Any] = []
-    for result in results:
-        if not isinstance(result, Value) or id(result) in excluded:
-            boxed.append(result)
-            continue
-        if id(result) in arguments and id(result) not in dirty:
-            result = make(result._data)  # an input handed back: the result is another tensor
-        boxed.append(result)
-    outputs = [t for t in boxed if isinstance(t, Value) and id(t) not in excluded]
-    node.result_kinds = [(t._data.shape, t._data.dtype) for t in outputs]
-    for i, tensor in enumerate(outputs):
-        tensor._node, tensor._requires_grad = select_output(node, i, len(outputs)), True
-    keep_saved(node, ctx, results, outputs)
+    for tensor in ctx._dirty:
+        tensor._check_writable()
+    boxed = [own_result(r, args) if id(r) not in dirty else r for r in results]
+    node = Node(_op_of(cls), edges)
+    node.ctx, ctx._node = ctx, weakref.ref(node)  # type: ignore[attr-defined]
+    node.input_kinds = [_kind(a) or ((), None) for a in args]  # type: ignore[attr-defined]
+    node.result_kinds = [_kind(r) for r in results]  # type: ignore[attr-defined]
+    excluded = {id(t) for t in ctx._non_differentiable}
+    node.places = places = [  # type: ignore[attr-defined]
+        i
+        for i, (r, t) in enumerate(zip(results, boxed, strict=True))
+        if isinstance(t, Value) and id(r) not in excluded and t._data.dtype.kind not in "biu"
+    ]
+    for k, place in enumerate(places):
+        maker = node if len(places) == 1 else select_output(node, k, len(places))
+        tensor = boxed[place]
+        if id(tensor) in dirty:
+            tensor._move(make(tensor._data, maker))
+        else:
+            tensor._node, tensor._requires_grad = maker, True
+    keep_saved(node, ctx, results, [boxed[place] for place in places])
     return boxed
 
 
+def own_result(result: Any, args: tuple[Any, ...]) -> Any:
+    """A result that can get a node: an input handed back is boxed anew, over the same memory."""
+    if not isinstance(result, Value):
+        return result
+    if any(result is a for a in args):
+        alias = make(result._data)
+        alias._share(result)
+        result = alias
+    result._base = None  # made unrecorded: the graph of its base knows nothing of it
+    return result
+
+
+def _kind(value: Any) -> Any:
+    return (value._data.shape, value._data.dtype) if isinstance(value, Value) else None
+
+
 def keep_saved(node: Node, ctx: FunctionCtx, results: tuple[Any, ...], outputs: list[Any]) -> None:
-    place = {id(t): i for i, t in enumerate(outputs)}
-    node.outputs = [weakref.ref(t._node) for t in outputs]
+    """Move what `save_for_backward` named to the node, results of its own without their node."""
+    for i, value in enumerate(ctx._to_save):
+        if value is not None and not isinstance(value, Value):
+            raise TypeError(
+                f"save_for_backward can only save variables, but argument {i} is of type "
+                f"{type(value).__name__}"
+            )
+    made = {id(results[p]): t for p, t in zip(node.places, outputs, strict=True)}  # type: ignore[attr-defined]
+    node.own_saved = {  # type: ignore[attr-defined]
+        i: weakref.ref(made[id(v)]._node) for i, v in enumerate(ctx._to_save) if id(v) in made
+    }
     node.saved = tuple(
-        _SavedOutput(place[id(v)], v._data) if id(v) in place else v for v in ctx._to_save
+        _without_node(v) if i in node.own_saved else v  # type: ignore[attr-defined]
+        for i, v in enumerate(ctx._to_save)
     )
-    node.versions = tuple(
-        v._version.count if isinstance(v, Value) and v._version is not None else 0
-        for v in ctx._to_save
-    )
+    node.versions = tuple([version_of(v) for v in node.saved])
     ctx._to_save = ()
+
+
+def _without_node(tensor: Any) -> Any:
+    """The same memory and version, outside the graph: a node must not hold itself."""
+    if tensor._version is None:
+        tensor._version = Version()
+    plain = make(tensor._data)
+    plain._version = tensor._version
+    return plain
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:

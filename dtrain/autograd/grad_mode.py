@@ -1,4 +1,4 @@
-"""Whether operations record a graph: `no_grad`, `enable_grad`, `set_grad_enabled`, `inference_mode`.
+"""Whether operations record a graph: `no_grad`, `enable_grad`, `set_grad_enabled` and their like.
 
 The mode is a context variable, so every thread (a rank may be one) starts enabled and changes
 nothing for the others. Each class works as a context manager and as a decorator, as in torch.
@@ -7,6 +7,7 @@ nothing for the others. Each class works as a context manager and as a decorator
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from contextvars import ContextVar, Token
 from types import TracebackType
@@ -14,6 +15,8 @@ from typing import Any, TypeVar
 
 grad_enabled: ContextVar[bool] = ContextVar("dtrain_grad_enabled", default=True)
 _inference: ContextVar[bool] = ContextVar("dtrain_inference_mode", default=False)
+
+_CO_GENERATOR = 0x20  # inspect.CO_GENERATOR; importing inspect takes milliseconds
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -51,10 +54,49 @@ class _Mode:
         return type(self)()
 
     def __call__(self, function: F) -> F:
+        if isinstance(function, type):
+            warnings.warn(
+                f"Decorating classes with {type(self).__name__} only wraps __init__; decorate the "
+                "methods instead.",
+                FutureWarning,
+                stacklevel=2,
+            )
+            function.__init__ = self(function.__init__)  # type: ignore[misc]
+            return function
+        if getattr(getattr(function, "__code__", None), "co_flags", 0) & _CO_GENERATOR:
+            return self._wrap_generator(function)
+
         @functools.wraps(function)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             with self.clone():  # fresh per call: the function may recurse or run in many threads
                 return function(*args, **kwargs)
+
+        return wrapped  # type: ignore[return-value]
+
+    def _wrap_generator(self, function: F) -> F:
+        """The mode holds while the generator runs, not while its caller does."""
+
+        @functools.wraps(function)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            generator = function(*args, **kwargs)
+            step, value = generator.send, None
+            try:
+                while True:
+                    try:
+                        with self.clone():
+                            produced = step(value)
+                    except StopIteration as stop:
+                        return stop.value
+                    try:
+                        value = yield produced
+                        step = generator.send
+                    except GeneratorExit:
+                        raise
+                    except BaseException as error:
+                        value, step = error, generator.throw
+            finally:
+                with self.clone():
+                    generator.close()
 
         return wrapped  # type: ignore[return-value]
 
@@ -109,6 +151,11 @@ class inference_mode(_Mode):
     Unlike torch's, the tensors made inside are ordinary tensors: there is no cheaper kind here
     to switch to, so they may be used in a graph later. `mode=False` leaves everything as it is.
     """
+
+    def __new__(cls, mode: Any = True) -> Any:
+        if isinstance(mode, bool):
+            return super().__new__(cls)
+        return cls()(mode)  # `@inference_mode` without parentheses
 
     def __init__(self, mode: bool = True) -> None:
         super().__init__()

@@ -43,10 +43,21 @@ class RemovableHandle:
         self.remove()
 
 
-class HookTable(dict[int, Any]):
-    """{handle id: hook}, in the order of registration; a dict that can be weakly referenced."""
+class HookTable(dict[Any, Any]):
+    """{handle id: hook}, in the order of registration; a dict that can be weakly referenced.
+
+    The hook under the key `LAST` runs after the others whenever it was set (`retain_grad` sees
+    what they made of the gradient).
+    """
+
+    LAST = "last"
 
     def add(self, hook: Any) -> RemovableHandle:
+        if not callable(hook):
+            raise TypeError(f"hook must be callable, got {type(hook).__name__}")
         handle = RemovableHandle(self)
+        last = self.pop(self.LAST, None)
         self[handle.id] = hook
+        if last is not None:
+            self[self.LAST] = last
         return handle

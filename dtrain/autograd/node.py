@@ -92,15 +92,32 @@ class Node:
 
     @property
     def next_functions(self) -> tuple[tuple[Any, int], ...]:
-        """The nodes (or leaf tensors) that receive this node's gradients, torch's way."""
-        return tuple((edge, 0) for edge in self.edges)
+        """(node, 0) for each input, an `AccumulateGrad` for a leaf, None where no gradient goes."""
+        return tuple(
+            (AccumulateGrad(edge) if isinstance(edge, Value) else edge, 0) for edge in self.edges
+        )
 
     def name(self) -> str:
         """The op's name in torch's style, such as `MulBackward0`."""
-        return "".join(part.capitalize() for part in self.op.name.split("_")) + "Backward0"
+        return self.op.node_name(self)  # type: ignore[no-any-return]
 
     def __repr__(self) -> str:
-        return f"<{self.name()} #{self.seq}>"
+        return f"<{self.name()} object at {id(self):#x}>"
+
+
+class AccumulateGrad:
+    """Where the gradient of a leaf arrives, as `next_functions` shows it; `variable` is the leaf.
+
+    Source: torch.autograd's AccumulateGrad nodes.
+    """
+
+    next_functions: tuple[()] = ()
+
+    def __init__(self, variable: Value) -> None:
+        self.variable = variable
+
+    def name(self) -> str:
+        return "AccumulateGrad"
 
 
 def edge_of(value: Any) -> Any:
@@ -141,29 +158,32 @@ def check_saved(node: Node) -> None:
         if isinstance(value, Value) and value._version is not None:
             wanted = expected[i] if expected else 0
             if value._version.count != wanted:
-                name = node.op.kept_name(i)
-                raise stale(name, node.op, value._data, value._version.count, wanted)
+                raise stale(value._data, value._node, value._version.count, wanted)
     if node.out is not None and node.out[1].count != node.out[2]:
         data, version, wanted = node.out
-        raise stale("output 0", node.op, data, version.count, wanted)
+        raise stale(data, node, version.count, wanted)
 
 
-def stale(what: str, op: Any, data: Any, found: int, expected: int) -> RuntimeError:
-    """torch's error for a saved value that was changed in place."""
+def stale(data: Any, maker: Node | None, found: int, expected: int) -> RuntimeError:
+    """torch's error for a saved value (made by `maker`) that was changed in place."""
+    kind = dtypes.from_numpy(data.dtype).scalar_type
+    origin = "" if maker is None else f", which is output 0 of {maker.name().partition('Back')[0]},"
     return RuntimeError(
         "one of the variables needed for gradient computation has been modified by an inplace "
-        f"operation: [{dtypes.from_numpy(data.dtype)} {list(data.shape)}], which is {what} of "
-        f"{op.name.capitalize()}, is at version {found}; expected version {expected} instead. "
-        "Hint: clone() the tensor before changing it, or make the change out of place."
+        f"operation: [dtrain.{kind}Tensor {list(data.shape)}]{origin} is at version {found}; "
+        f"expected version {expected} instead. Hint: clone() the tensor before changing it, or "
+        "make the change out of place."
     )
 
 
 def release(node: Node) -> None:
-    """Let go of what was kept: backward has run and the graph is not retained."""
-    if node.saved or node.out is not None:
+    """Let go of what was kept: backward has run and the graph is not retained.
+
+    A node that kept nothing can run again, as in torch.
+    """
+    if node.saved or node.out is not None or node.aux is not None:
         node.saved = FREED
         node.out = node.aux = None
-    node.__dict__.clear()
 
 
 class _Select:
@@ -174,6 +194,9 @@ class _Select:
 
     name = "select_output"
     keep: tuple[int, ...] = ()
+
+    def node_name(self, node: Node) -> str:
+        return node.edges[0].name()  # type: ignore[no-any-return]
 
 
 SELECT = _Select()

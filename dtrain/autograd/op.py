@@ -3,9 +3,11 @@
 Rules:
 1. An op called on plain arrays is its forward function. Called on Tensors it computes on their
    arrays and, when a graph is being recorded, leaves one Node behind.
-2. Inputs (arrays) are positional, attributes (axes, flags) are keyword-only and become attributes
+2. An op with promotion has two more faces, `op.operator` and `op.reflected`, for `a + b`: faster,
+   and answering NotImplemented to what they do not know, as Python's protocol asks.
+3. Inputs (arrays) are positional, attributes (axes, flags) are keyword-only and become attributes
    of the node. Nothing is kept for backward unless named in `saves` or `aux`.
-3. A gradient rule is written once and runs on arrays (fast) or on Tensors (higher order); a rule
+4. A gradient rule is written once and runs on arrays (fast) or on Tensors (higher order); a rule
    that can only do arrays says how to differentiate again by naming its `composite`.
 """
 
@@ -66,8 +68,9 @@ class Op:
     def __repr__(self) -> str:
         return f"<op {self.name}>"
 
-    def kept_name(self, index: int) -> str:
-        return self.kept_names[index]
+    def node_name(self, node: Node) -> str:
+        """What a node of this op is called in torch's style."""
+        return "".join(part.capitalize() for part in self.name.split("_")) + "Backward0"
 
     def save(self, node: Node, inputs: tuple[Any, ...], result: Value | None) -> None:
         """Keep what the rule needs, with the versions it was read at."""
@@ -149,23 +152,19 @@ def _binary(op: Op, promote: Callable[..., Any] | None) -> Callable[..., Any]:
     forward = op.forward
     differentiable = op.vjp is not None
     keep, keeps_out = op.keep, op.keeps_out
+    keeps = promote.keeps if promote is not None else None  # type: ignore[attr-defined]
 
     def call(a: Any, b: Any) -> Any:
+        if b.__class__ in SCALARS:
+            return with_number(a, b)
         try:
             x = a._data
             y = b._data
-            if promote is not None and x.dtype is not y.dtype:
-                return promote(call, a, b)
-            wanted = a._requires_grad or b._requires_grad
         except AttributeError:
-            if not isinstance(a, Value):
-                if not isinstance(b, Value):
-                    return forward(a, b)
-                return promote(call, a, b) if promote else call(make(np.asarray(a)), b)
-            if b.__class__ not in SCALARS or (promote and not promote.keeps(x, b)):
-                return promote(call, a, b) if promote else call(a, make(np.asarray(b)))
-            y = b
-            wanted = a._requires_grad
+            return mixed(a, b)
+        # Arrays that were unpickled have dtype objects of their own, equal but not identical.
+        if x.dtype is not y.dtype and promote is not None and x.dtype != y.dtype:
+            return promote(call, a, b)
         try:
             out = forward(x, y)
         except ValueError as error:
@@ -173,20 +172,20 @@ def _binary(op: Op, promote: Callable[..., Any] | None) -> Callable[..., Any]:
         t = new(nodes._tensor)
         t._data = out if out.__class__ is _ndarray else np.asarray(out)
         t._grad = t._version = t._base = None
-        if not (wanted and differentiable and _recording()):
+        if not ((a._requires_grad or b._requires_grad) and differentiable and _recording()):
             t._node = None
             t._requires_grad = False
             return t
         node = new(Node)
         node.op = op
-        plain = y is not b and a._base is None and b._base is None
+        plain = a._base is None and b._base is None
         node.edges = (
             (a._node or a if a._requires_grad else None, b._node or b if b._requires_grad else None)
             if plain
             else (edge_of(a), edge_of(b))
         )
         node.aux = node.out = node.versions = node.hooks = None
-        node.shapes = (x.shape, () if y is b else y.shape)
+        node.shapes = (x.shape, y.shape)
         node.seq = next_seq()
         if keep:
             if plain and len(keep) == 2 and a._version is None and b._version is None:
@@ -201,7 +200,55 @@ def _binary(op: Op, promote: Callable[..., Any] | None) -> Callable[..., Any]:
         t._requires_grad = True
         return t
 
-    return call
+    def with_number(a: Any, b: Any) -> Any:
+        """One of the operands is a Python number."""
+        left = a.__class__ in SCALARS
+        tensor, number = (b, a) if left else (a, b)
+        if not isinstance(tensor, Value):
+            return forward(a, b)
+        x = tensor._data
+        if keeps is None or (x.dtype.kind, number.__class__) not in keeps:
+            return promote(call, a, b) if promote else call(*map(_boxed, (a, b)))
+        try:
+            out = forward(number, x) if left else forward(x, number)
+        except OverflowError:  # NumPy refuses what an integer dtype cannot hold, torch wraps it
+            return promote(call, a, b)  # type: ignore[misc]
+        t = make(out)
+        if differentiable and tensor._requires_grad and _recording():
+            node = record(op, (a, b), t, {})
+            node.shapes = ((), x.shape) if left else (x.shape, ())
+        return t
+
+    def mixed(a: Any, b: Any) -> Any:
+        """Something else than two Tensors."""
+        if a.__class__ in SCALARS:
+            return with_number(a, b)
+        if not isinstance(a, Value) and not isinstance(b, Value):
+            return forward(a, b)
+        return promote(call, a, b) if promote else call(_boxed(a), _boxed(b))
+
+    def reflected(b: Any, a: Any) -> Any:
+        return with_number(a, b) if a.__class__ in SCALARS else call(a, b)
+
+    if promote is None:
+        return call
+
+    def function(input: Any, other: Any) -> Any:
+        out = call(input, other)
+        if out is NotImplemented:
+            wrong = input if isinstance(other, Value) else other
+            raise TypeError(
+                f"{op.name}(): argument must be Tensor or a number, not {type(wrong).__name__}"
+            )
+        return out
+
+    function.operator, function.reflected = call, reflected  # type: ignore[attr-defined]
+    call.op = op  # type: ignore[attr-defined]
+    return function
+
+
+def _boxed(value: Any) -> Any:
+    return value if isinstance(value, Value) else make(np.asarray(value))
 
 
 def _unary(op: Op, promote: Callable[..., Any] | None) -> Callable[..., Any]:
@@ -269,7 +316,8 @@ def _several(
     if view:
         for t in tensors:
             t._share(inputs[0])
-            t._one_of_many = True
+            if t._base is not None:
+                t._one_of_many = op.name.capitalize()
     return tensors
 
 

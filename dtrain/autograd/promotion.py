@@ -59,13 +59,24 @@ def together(*values: Any, dtype: dtypes.dtype | None = None) -> list[Any]:
     pairs = [operand(v) for v in values]
     common = dtype or dtypes.result_type(*(kind for _, kind in pairs))
     return [
-        cast(v, dtype=common) if isinstance(v, Value) else make(np.asarray(v, dtype=common.numpy))
+        cast(v, dtype=common) if isinstance(v, Value) else make(np.asarray(v).astype(common.numpy))
         for v, _ in pairs
     ]
 
 
 class Arithmetic:
-    """torch's type promotion: the common dtype of all operands."""
+    """torch's type promotion: the common dtype of all operands.
+
+    `keeps` holds (dtype kind of an array, class of a Python number) wherever the number leaves the
+    array at its dtype, for NumPy as for torch.
+    """
+
+    keeps = frozenset(
+        [("f", c) for c in (bool, int, float)]
+        + [(kind, c) for kind in "iu" for c in (bool, int)]
+        + [("c", c) for c in (bool, int, float, complex)]
+        + [("b", bool)]
+    )
 
     def __call__(self, call: Callable[..., Any], a: Any, b: Any) -> Any:
         try:
@@ -74,15 +85,6 @@ class Arithmetic:
             # Not ours: let the other operand's reflected method, or Python's TypeError, decide.
             return NotImplemented
         return call(a, b)
-
-    def keeps(self, x: np.ndarray, scalar: Any) -> bool:
-        """Whether a Python scalar leaves an array of x's dtype at that dtype."""
-        kind = x.dtype.kind
-        if kind == "f":
-            return scalar.__class__ is not complex
-        if kind in "iu":
-            return scalar.__class__ is int or scalar.__class__ is bool
-        return kind == "c" or (kind == "b" and scalar.__class__ is bool)
 
 
 class Floating:

@@ -54,7 +54,8 @@ class Value:
 
     # A leaf or a view may carry more; class attributes stand for their absence.
     _view_count = 0  # version count when the view's place in the graph was last right
-    _one_of_many = False  # a view among several that one op returned
+    _one_of_many = ""  # for a view among several that one op returned: that op's name
+    _made_quietly = False  # a view made while nothing was recorded
     _hooks: Any = None  # {id: hook(grad)} of a leaf; others' hooks live on their node
     _post_accumulate: Any = None  # {id: hook(tensor)} when a leaf's gradient is complete
 
@@ -68,8 +69,19 @@ class Value:
         self._base = source if source._base is None else source._base
         self._view_count = self._version.count
 
+    # What ops know how to do, for the engine and custom functions below them; Tensor overrides.
+
     def _refresh_view(self) -> None:
-        """Overridden by Tensor: follow an in-place change of the base's graph."""
+        """Follow an in-place change of the base's graph."""
+
+    def _check_writable(self) -> None:
+        """Raise when the tensor may not be changed in place while a graph is recorded."""
+
+    def _move(self, result: Value) -> None:
+        """Take the place in the graph that `result` has, after a change in place."""
+
+    def _bump_version(self) -> None:
+        """Count one change of the memory."""
 
 
 def _same_memory(view: Any, source: Any) -> bool:

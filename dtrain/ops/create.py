@@ -15,7 +15,7 @@ from dtrain import dtypes
 from dtrain.autograd.node import make
 from dtrain.autograd.value import Value
 from dtrain.device import device as Device
-from dtrain.ops.shape import stack
+from dtrain.ops.join import stack
 
 Array = np.ndarray
 

@@ -15,9 +15,12 @@ from dtrain import dtypes
 from dtrain.autograd.op import define
 from dtrain.autograd.promotion import cast
 from dtrain.autograd.value import Value
-from dtrain.ops import elementwise as ew
+from dtrain.ops import arithmetic, elementwise as ew
+from dtrain.ops.compare import where
 from dtrain.ops.index import take_along_dim
-from dtrain.ops.shape import Dim, axes_of, axis_of, cat, expand, flip, narrow, squeeze
+from dtrain.ops.join import cat, narrow
+from dtrain.ops.order import flip
+from dtrain.ops.shape import Dim, axes_of, axis_of, expand, squeeze
 
 
 def spread(g: Any, axes: tuple[int, ...], keepdim: bool, shape: tuple[int, ...]) -> Any:
@@ -122,7 +125,7 @@ def norm(input: Any, p: Any = 2, dim: Dim = None, keepdim: bool = False) -> Any:
 def _norm2_vjp(n: Any, g: Any) -> Any:
     # d|x|/dx = x / |x|, and 0 at the origin
     y = spread(n.y, n.dim, n.keepdim, n.shapes[0])
-    safe = ew.where(y == 0, 1.0, y)
+    safe = where(y == 0, 1.0, y)
     return (spread(g, n.dim, n.keepdim, n.shapes[0]) * n.x / safe,)
 
 
@@ -254,7 +257,7 @@ def max(input: Any, *args: Any, dim: int | None = None, keepdim: bool = False,
     Source: torch.max.
     """
     args = args or tuple(v for v in (other if dim is None else dim,) if v is not None)
-    return _extremum(input, args, keepdim, (amax, argmax, ew.maximum))
+    return _extremum(input, args, keepdim, (amax, argmax, arithmetic.maximum))
 
 
 def min(input: Any, *args: Any, dim: int | None = None, keepdim: bool = False,
@@ -264,7 +267,7 @@ def min(input: Any, *args: Any, dim: int | None = None, keepdim: bool = False,
     Source: torch.min.
     """
     args = args or tuple(v for v in (other if dim is None else dim,) if v is not None)
-    return _extremum(input, args, keepdim, (amin, argmin, ew.minimum))
+    return _extremum(input, args, keepdim, (amin, argmin, arithmetic.minimum))
 
 
 # --- logic -------------------------------------------------------------------------------------

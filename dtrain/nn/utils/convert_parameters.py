@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from dtrain.ops.shape import cat
+from dtrain.nn.modules.tree import type_name
+from dtrain.ops.join import cat
 from dtrain.tensor import Tensor
 
 
@@ -19,7 +20,7 @@ def parameters_to_vector(parameters: Iterable[Tensor]) -> Tensor:
 def vector_to_parameters(vec: Tensor, parameters: Iterable[Tensor]) -> None:
     """Make the parameters views of consecutive pieces of `vec`. TypeError unless a Tensor."""
     if not isinstance(vec, Tensor):
-        raise TypeError(f"expected torch.Tensor, but got: {type(vec)}")
+        raise TypeError(f"expected torch.Tensor, but got: {type_name(vec)}")
     start = 0
     for parameter in parameters:
         size = parameter.numel()

@@ -1,0 +1,130 @@
+"""Copies: clone, contiguous, reversed, rolled, tiled, triangles of the same elements.
+
+Each is linear, so that its gradient is the transposed copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dtrain.autograd.op import define
+from dtrain.autograd.value import Value
+from dtrain.ops.index import getitem
+from dtrain.ops.shape import Dim, axes_of, axis_of, expand, reshape
+
+
+def _rand(*shape: int) -> np.ndarray:
+    return np.random.RandomState(0).rand(*shape)
+
+
+def repeat(input: Any, sizes: Sequence[int]) -> Any:
+    """The tensor tiled `sizes` times along each dimension, copied. Source: Tensor.repeat."""
+    lead = len(sizes) - input.ndim
+    if lead < 0:
+        raise RuntimeError(
+            "Number of dimensions of repeat dims can not be smaller than number of dimensions of "
+            "tensor"
+        )
+    shape = (1,) * lead + tuple(input.shape)
+    split = reshape(input, [n for size in shape for n in (1, size)])
+    wide = expand(split, [n for r, size in zip(sizes, shape, strict=True) for n in (r, size)])
+    return reshape(wide, [r * size for r, size in zip(sizes, shape, strict=True)])
+
+
+def tile(input: Any, dims: Sequence[int]) -> Any:
+    """`repeat`, where missing leading counts are 1. Source: torch.tile."""
+    return repeat(input, (1,) * (input.ndim - len(dims)) + tuple(dims))
+
+
+def repeat_interleave(input: Any, repeats: Any, dim: int | None = None) -> Any:
+    """Each element (or slice along `dim`) as often as said, next to each other.
+
+    `repeats` is a number or a 1-D integer tensor. Source: torch.repeat_interleave.
+    """
+    if dim is None:
+        input, dim = reshape(input, (-1,)), 0
+    axis = axis_of(dim, input.ndim)
+    counts = repeats._data if isinstance(repeats, Value) else repeats
+    size = input.shape[axis]
+    if np.size(counts) not in (1, size):
+        raise RuntimeError(
+            "repeats must have the same size as input along dim, but got repeats.size(0) = "
+            f"{np.size(counts)} and input.size({axis}) = {size}"
+        )
+    places = np.repeat(np.arange(size), counts)
+    return getitem(input, (slice(None),) * axis + (places,))
+
+
+_flip = define(
+    "flip", lambda x, *, dims: np.flip(x, dims).copy(), inputs="x",
+    vjp=lambda n, g: (_flip(g, dims=n.dims),),
+    sample=lambda: [((_rand(2, 3),), {"dims": (1,)})],
+)  # fmt: skip
+_roll = define(
+    "roll", lambda x, *, shifts, dims: np.roll(x, shifts, dims), inputs="x",
+    vjp=lambda n, g: (_roll(g, shifts=tuple(-s for s in n.shifts), dims=n.dims),),
+    sample=lambda: [((_rand(2, 3),), {"shifts": (1,), "dims": (1,)})],
+)  # fmt: skip
+
+
+def flip(input: Any, dims: Dim) -> Any:
+    """A copy with the order along `dims` reversed. Source: torch.flip."""
+    return _flip(input, dims=axes_of(dims, input.ndim))
+
+
+def roll(input: Any, shifts: int | Sequence[int], dims: Dim = None) -> Any:
+    """A copy shifted cyclically along `dims` (None: as one vector). Source: torch.roll."""
+    steps = (shifts,) if isinstance(shifts, int) else tuple(shifts)
+    if dims is None:
+        return reshape(_roll(reshape(input, (-1,)), shifts=steps, dims=(0,)), tuple(input.shape))
+    return _roll(input, shifts=steps, dims=axes_of(dims, input.ndim))
+
+
+_contiguous = define(
+    "contiguous", lambda x: np.ascontiguousarray(x), inputs="x", vjp=lambda n, g: (g,),
+    sample=lambda: [((_rand(2, 3).T,), {})],
+)  # fmt: skip
+_clone = define("clone", lambda x: x.copy(), inputs="x", vjp=lambda n, g: (g,),
+                sample=lambda: [((_rand(2, 3),), {})])  # fmt: skip
+
+
+def contiguous(input: Any, memory_format: Any = None) -> Any:
+    """The tensor itself if it is in row-major order, else such a copy.
+
+    `memory_format` is accepted and ignored: there is only this one.
+    """
+    array = input._data if isinstance(input, Value) else input
+    return input if array.flags.c_contiguous else _contiguous(input)
+
+
+def clone(input: Any, *, memory_format: Any = None) -> Any:
+    """A row-major copy with memory of its own; gradients flow through. Source: torch.clone.
+
+    `memory_format` is accepted and ignored.
+    """
+    return _clone(input)
+
+
+_tril = define(
+    "tril", lambda x, *, diagonal: np.tril(x, diagonal), inputs="x",
+    vjp=lambda n, g: (_tril(g, diagonal=n.diagonal),),
+    sample=lambda: [((_rand(3, 3),), {"diagonal": 0})],
+)  # fmt: skip
+_triu = define(
+    "triu", lambda x, *, diagonal: np.triu(x, diagonal), inputs="x",
+    vjp=lambda n, g: (_triu(g, diagonal=n.diagonal),),
+    sample=lambda: [((_rand(3, 3),), {"diagonal": 1})],
+)  # fmt: skip
+
+
+def tril(input: Any, diagonal: int = 0) -> Any:
+    """The lower triangle of each matrix, zero elsewhere. Source: torch.tril."""
+    return _tril(input, diagonal=diagonal)
+
+
+def triu(input: Any, diagonal: int = 0) -> Any:
+    """The upper triangle of each matrix, zero elsewhere. Source: torch.triu."""
+    return _triu(input, diagonal=diagonal)
