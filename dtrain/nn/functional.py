@@ -10,7 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 from dtrain.dtypes import dtype as _dtype
-from dtrain.ops import activation, dropout as _dropouts, loss as _losses
+from dtrain.ops import (
+    activation,
+    dropout as _dropouts,
+    loss as _losses,
+    pointwise_loss as _pointwise,
+    pool as _pool,
+)
 from dtrain.ops.activation import (
     glu as glu,
     logsigmoid as logsigmoid,
@@ -18,8 +24,20 @@ from dtrain.ops.activation import (
     softplus as softplus,
 )
 from dtrain.ops.attention import scaled_dot_product_attention as scaled_dot_product_attention
+from dtrain.ops.conv import (
+    conv1d as conv1d,
+    conv2d as conv2d,
+    conv_transpose1d as conv_transpose1d,
+    conv_transpose2d as conv_transpose2d,
+)
 from dtrain.ops.elementwise import sigmoid as sigmoid, tanh as tanh
 from dtrain.ops.gelu import gelu as gelu, silu as _silu
+from dtrain.ops.image import (
+    fold as fold,
+    interpolate as interpolate,
+    pad as pad,
+    unfold as unfold,
+)
 from dtrain.ops.index import embedding as _embedding, one_hot as one_hot
 from dtrain.ops.inplace import update
 from dtrain.ops.linalg import linear as linear
@@ -28,6 +46,10 @@ from dtrain.ops.norm import (
     group_norm as group_norm,
     layer_norm as layer_norm,
     rms_norm as rms_norm,
+)
+from dtrain.ops.pointwise_loss import (
+    cosine_similarity as cosine_similarity,
+    gaussian_nll_loss as gaussian_nll_loss,
 )
 
 
@@ -96,12 +118,113 @@ def _given(dim: int | None, name: str) -> int:
     return dim
 
 
+def threshold(input: Any, threshold: float, value: float, inplace: bool = False) -> Any:
+    """x where x > `threshold`, else `value`."""
+    return _applied(activation.threshold, input, inplace, threshold, value)
+
+
+def selu(input: Any, inplace: bool = False) -> Any:
+    """`elu` scaled so that activations keep mean 0 and variance 1."""
+    return _applied(activation.selu, input, inplace)
+
+
+def hardswish(input: Any, inplace: bool = False) -> Any:
+    """x relu6(x + 3) / 6."""
+    return _applied(activation.hardswish, input, inplace)
+
+
+def hardsigmoid(input: Any, inplace: bool = False) -> Any:
+    """relu6(x + 3) / 6."""
+    return _applied(activation.hardsigmoid, input, inplace)
+
+
+def mish(input: Any, inplace: bool = False) -> Any:
+    """x tanh(softplus(x))."""
+    return _applied(activation.mish, input, inplace)
+
+
+def softmin(
+    input: Any, dim: int | None = None, _stacklevel: int = 3, dtype: _dtype | None = None
+) -> Any:
+    """`softmax` of -x along `dim`, which must be given."""
+    return activation.softmax(-input, _given(dim, "softmin"), dtype=dtype)
+
+
+# --- pooling -----------------------------------------------------------------------------------
+
+
+def max_pool1d(
+    input: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
+    ceil_mode: bool = False, return_indices: bool = False,
+) -> Any:  # fmt: skip
+    """The maximum of every window of ([N,] C, L), and with `return_indices` its place."""
+    return _pool.max_pool(
+        1, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices
+    )
+
+
+def max_pool2d(
+    input: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
+    ceil_mode: bool = False, return_indices: bool = False,
+) -> Any:  # fmt: skip
+    """The maximum of every window of ([N,] C, H, W), and with `return_indices` its place in the
+    flattened image (int64).
+    """
+    return _pool.max_pool(
+        2, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices
+    )
+
+
+def avg_pool1d(
+    input: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False,
+    count_include_pad: bool = True,
+) -> Any:  # fmt: skip
+    """The average of every window of ([N,] C, L)."""
+    return _pool.avg_pool(1, input, kernel_size, stride, padding, ceil_mode, count_include_pad)
+
+
+def avg_pool2d(
+    input: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False,
+    count_include_pad: bool = True, divisor_override: int | None = None,
+) -> Any:  # fmt: skip
+    """The average of every window of ([N,] C, H, W); padding counts as zeros or not at all."""
+    return _pool.avg_pool(
+        2, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
+    )
+
+
+def adaptive_avg_pool1d(input: Any, output_size: Any) -> Any:
+    """Averages of ([N,] C, L) over `output_size` windows."""
+    return _pool.adaptive_avg_pool(1, input, output_size)
+
+
+def adaptive_avg_pool2d(input: Any, output_size: Any) -> Any:
+    """Averages of ([N,] C, H, W) over `output_size` windows (an int or two; None: as the input)."""
+    return _pool.adaptive_avg_pool(2, input, output_size)
+
+
 # --- dropout -----------------------------------------------------------------------------------
 
 
 def dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
     """Each element zero with probability p, else times 1 / (1 - p); nothing unless `training`."""
     return _applied(_dropouts.dropout, input, inplace, p, training)
+
+
+def dropout1d(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    """`dropout` of whole channels of ([N,] C, L)."""
+    return _channel_dropout(1, input, p, training, inplace)
+
+
+def dropout2d(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    """`dropout` of whole channels of ([N,] C, H, W)."""
+    return _channel_dropout(2, input, p, training, inplace)
+
+
+def _channel_dropout(dims: int, input: Any, p: float, training: bool, inplace: bool) -> Any:
+    if input.ndim == dims + 1:
+        return _channel_dropout(dims, input.unsqueeze(0), p, training, inplace).squeeze(0)
+    return _applied(_dropouts.feature_dropout, input, inplace, p, training)
 
 
 # --- sparse ------------------------------------------------------------------------------------
@@ -152,3 +275,77 @@ def nll_loss(
     """-input[target]: log-probabilities (C), (N, C) or (N, C, *), class indices."""
     reduction = _reduction(reduction, size_average, reduce)
     return _losses.nll_loss(input, target, weight, ignore_index, reduction)
+
+
+def binary_cross_entropy(
+    input: Any, target: Any, weight: Any = None, size_average: bool | None = None,
+    reduce: bool | None = None, reduction: str = "mean",
+) -> Any:  # fmt: skip
+    """-(target log(input) + (1 - target) log(1 - input)), logarithms at least -100."""
+    reduction = _reduction(reduction, size_average, reduce)
+    return _pointwise.binary_cross_entropy(input, target, weight, reduction)
+
+
+def binary_cross_entropy_with_logits(
+    input: Any, target: Any, weight: Any = None, size_average: bool | None = None,
+    reduce: bool | None = None, reduction: str = "mean", pos_weight: Any = None,
+) -> Any:  # fmt: skip
+    """`binary_cross_entropy` of sigmoid(input), without overflow."""
+    reduction = _reduction(reduction, size_average, reduce)
+    return _pointwise.binary_cross_entropy_with_logits(input, target, weight, reduction, pos_weight)
+
+
+def mse_loss(
+    input: Any, target: Any, size_average: bool | None = None, reduce: bool | None = None,
+    reduction: str = "mean", weight: Any = None,
+) -> Any:  # fmt: skip
+    """(input - target)^2."""
+    return _pointwise.mse_loss(input, target, _reduction(reduction, size_average, reduce), weight)
+
+
+def l1_loss(
+    input: Any, target: Any, size_average: bool | None = None, reduce: bool | None = None,
+    reduction: str = "mean", weight: Any = None,
+) -> Any:  # fmt: skip
+    """|input - target|."""
+    return _pointwise.l1_loss(input, target, _reduction(reduction, size_average, reduce), weight)
+
+
+def smooth_l1_loss(
+    input: Any, target: Any, size_average: bool | None = None, reduce: bool | None = None,
+    reduction: str = "mean", beta: float = 1.0,
+) -> Any:  # fmt: skip
+    """Squared below `beta`, absolute above."""
+    reduction = _reduction(reduction, size_average, reduce)
+    return _pointwise.smooth_l1_loss(input, target, reduction, beta)
+
+
+def huber_loss(
+    input: Any, target: Any, reduction: str = "mean", delta: float = 1.0, weight: Any = None
+) -> Any:
+    """Squared up to `delta`, absolute above, times `weight`."""
+    return _pointwise.huber_loss(input, target, reduction, delta, weight)
+
+
+def kl_div(
+    input: Any, target: Any, size_average: bool | None = None, reduce: bool | None = None,
+    reduction: str = "mean", log_target: bool = False,
+) -> Any:  # fmt: skip
+    """target (log(target) - input) for log-probabilities `input`; see "batchmean" in torch."""
+    reduction = _reduction(reduction, size_average, reduce)
+    return _pointwise.kl_div(input, target, reduction, log_target)
+
+
+def margin_ranking_loss(
+    input1: Any, input2: Any, target: Any, margin: float = 0, size_average: bool | None = None,
+    reduce: bool | None = None, reduction: str = "mean",
+) -> Any:  # fmt: skip
+    """max(0, -target (input1 - input2) + margin)."""
+    reduction = _reduction(reduction, size_average, reduce)
+    return _pointwise.margin_ranking_loss(input1, input2, target, margin, reduction)
+
+
+def normalize(input: Any, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Any = None) -> Any:
+    """Vectors along `dim` divided by their p-norm (at least `eps`), written to `out` if given."""
+    result = _pointwise.normalize(input, p, dim, eps)
+    return result if out is None else out.copy_(result)

@@ -13,9 +13,11 @@ import numpy as np
 from dtrain import dtypes
 from dtrain.autograd.op import define
 from dtrain.autograd.promotion import cast
-from dtrain.ops.elementwise import exp, sigmoid, where
+from dtrain.ops.compare import where
+from dtrain.ops.elementwise import exp, sigmoid, tanh
+from dtrain.ops.join import narrow
 from dtrain.ops.reduce import sum as _sum
-from dtrain.ops.shape import axis_of, narrow
+from dtrain.ops.shape import axis_of
 
 
 def _rand(*shape: int) -> np.ndarray:
@@ -146,6 +148,16 @@ def prelu(input: Any, weight: Any) -> Any:
     return where(input > 0, input, input * weight)
 
 
+def hardsigmoid(input: Any) -> Any:
+    """x / 6 + 1/2 limited to [0, 1]. Source: torch.nn.functional.hardsigmoid."""
+    return hardtanh(input + 3, 0.0, 6.0) / 6
+
+
+def hardswish(input: Any) -> Any:
+    """x hardsigmoid(x). Source: torch.nn.functional.hardswish."""
+    return input * hardsigmoid(input)
+
+
 # --- smooth ------------------------------------------------------------------------------------
 
 
@@ -191,3 +203,16 @@ def glu(input: Any, dim: int = -1) -> Any:
         raise RuntimeError(f"Halving dimension must be even, but dimension {axis} is size {size}")
     half = size // 2
     return narrow(input, axis, 0, half) * sigmoid(narrow(input, axis, half, half))
+
+
+def selu(input: Any) -> Any:
+    """`elu` with the scale and alpha for which activations keep mean 0 and variance 1.
+
+    Source: Klambauer et al., "Self-Normalizing Neural Networks", 2017.
+    """
+    return elu(input, 1.6732632423543772) * 1.0507009873554805
+
+
+def mish(input: Any) -> Any:
+    """x tanh(softplus(x)). Source: torch.nn.functional.mish."""
+    return input * tanh(softplus(input))

@@ -20,8 +20,8 @@ from dtrain.autograd.node import make
 from dtrain.autograd.op import broadcast_error, define
 from dtrain.autograd.value import Value
 from dtrain.ops.activation import softmax
+from dtrain.ops.compare import where
 from dtrain.ops.dropout import noise_for
-from dtrain.ops.elementwise import where
 from dtrain.ops.linalg import matmul
 from dtrain.ops.shape import expand, reshape, transpose, unsqueeze
 
@@ -89,6 +89,7 @@ def _vjp(n: Any, g: np.ndarray) -> Any:
     # with P the normalised weights: dV = P^T g, dS = P (g V^T - rowsum(g out)), dQ = dS K, ...
     q, k, v = n.q, n.k, n.v
     dq, dk, dv = (np.empty_like(a) for a in (q, k, v))
+    dmask = np.zeros(n.weights.shape, g.dtype) if n.needs[3] else None
     for b in range(len(q)):
         dk[b], dv[b] = 0, 0
         values_t = v[b].transpose(0, 2, 1)
@@ -102,17 +103,18 @@ def _vjp(n: Any, g: np.ndarray) -> Any:
                 ds *= n.noise[b, :, rows, :seen]
             ds -= np.vecdot(gs, n.y[b, :, rows])[..., None]
             ds *= w
+            if dmask is not None:
+                dmask[b, :, rows, :seen] = ds
             np.matmul(ds, k[b, :, :seen], out=dq[b, :, rows])
             dk[b, :, :seen] += np.matmul(ds.transpose(0, 2, 1), q[b, :, rows])
         dq[b] *= n.scale
         dk[b] *= n.scale
-    return dq, dk, dv, None
+    return dq, dk, dv, dmask
 
 
 def _composite(
     q: Any, k: Any, v: Any, mask: Any, *, causal: bool, scale: float, noise: np.ndarray | None
 ) -> Any:
-    """The same in plain ops: also the way when the mask itself wants a gradient."""
     scores = matmul(q * scale, transpose(k, -1, -2))
     if mask is not None:
         scores = scores + mask
@@ -242,18 +244,17 @@ def scaled_dot_product_attention(
         "noise": None if noise is None else noise.reshape(*q.shape[:2], *shape[-2:]),
     }  # fmt: skip
     mask = None if mask is None else _as_batch(mask, lead)
-    way = _composite if mask is not None and mask._requires_grad else _attention
-    out = way(q, k, v, mask, **arguments)
+    out = _attention(q, k, v, mask, **arguments)
     return out if len(lead) == 2 else reshape(out, (*lead, *out.shape[-2:]))
 
 
 def _broadcast_lead(*tensors: Any) -> tuple[int, ...]:
     """The leading dimensions that all broadcast to; torch's sentence when they do not."""
-    lead = np.empty((*tensors[0].shape[:-2], 0, 1))
+    lead = np.broadcast_to(0.0, (*tensors[0].shape[:-2], 1, 1))
     for other in tensors[1:]:
-        beside = np.empty((*other.shape[:-2], 0, 1))
+        beside = np.broadcast_to(0.0, (*other.shape[:-2], 1, 1))
         try:
-            lead = np.empty(np.broadcast_shapes(lead.shape, beside.shape))
+            lead = np.broadcast_to(0.0, np.broadcast_shapes(lead.shape, beside.shape))
         except ValueError as error:
             raise broadcast_error(lead, beside, error) from None
     return lead.shape[:-2]

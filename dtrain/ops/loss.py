@@ -1,7 +1,7 @@
-"""Losses: cross_entropy as one op, the others composed of ops.
+"""Losses of class scores: cross_entropy as one op, nll_loss composed of ops.
 
-Rules: targets never get a gradient from class indices; `reduction` is "none", "mean" or "sum";
-shapes are (N, C, *) for class scores and equal shapes elsewhere.
+Rules: scores are (C), (N, C) or (N, C, *); `reduction` is "none", "mean" or "sum"; weights of
+classes are constants, which get no gradient.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def _divisor(row_weights: np.ndarray, reduction: str) -> Any:
 
 
 def _cross_entropy_forward(
-    x: np.ndarray, target: np.ndarray, weight: np.ndarray | None, *,
-    ignore_index: int, reduction: str, smoothing: float,
+    x: np.ndarray, target: np.ndarray, *, weight: np.ndarray | None, ignore_index: int,
+    reduction: str, smoothing: float,
 ) -> tuple[np.ndarray, ...]:  # fmt: skip
     rows, classes = x.shape
     safe, row_weights = _row_weights(target, weight, ignore_index, classes, x.dtype)
@@ -98,11 +98,11 @@ def _cross_entropy_vjp(n: Any, g: np.ndarray) -> Any:
     else:
         dx = n.probabilities * hit[:, None]
     dx[np.arange(len(dx)), n.safe] -= hit
-    return dx, None, None
+    return dx, None
 
 
 def _cross_entropy_composite(
-    x: Any, target: Any, weight: Any, *, ignore_index: int, reduction: str, smoothing: float
+    x: Any, target: Any, *, weight: Any, ignore_index: int, reduction: str, smoothing: float
 ) -> Any:
     log_p = log_softmax(x, 1)
     hard = _nll(log_p, target, weight, ignore_index, reduction)
@@ -114,7 +114,7 @@ def _cross_entropy_composite(
     even = -sum(weighted, 1) * counted.astype(_array(x).dtype)
     if reduction != "none":
         _, row_weights = _row_weights(
-            _array(target), _array(weight), ignore_index, classes, _array(x).dtype
+            _array(target), weight, ignore_index, classes, _array(x).dtype
         )
         even = sum(even) / _divisor(row_weights, reduction)
     return hard * (1 - smoothing) + even * (smoothing / classes)
@@ -123,12 +123,12 @@ def _cross_entropy_composite(
 def _cross_entropy_sample() -> list[Any]:
     r = np.random.RandomState(0)
     x, target = r.randn(4, 3), np.array([2, 0, 1, 2])
-    plain = {"ignore_index": -100, "reduction": "mean", "smoothing": 0.0}
-    smooth = {"ignore_index": 1, "reduction": "mean", "smoothing": 0.1}
+    plain = {"weight": None, "ignore_index": -100, "reduction": "mean", "smoothing": 0.0}
+    weighted = {**plain, "weight": np.array([0.5, 1.0, 2.0]), "ignore_index": 1}
     return [
-        ((x, target, None), plain),
-        ((x, target, None), {**plain, "reduction": "none"}),
-        ((x, target, np.array([0.5, 1.0, 2.0])), smooth),
+        ((x, target), plain),
+        ((x, target), {**plain, "reduction": "none"}),
+        ((x, target), {**weighted, "smoothing": 0.1}),
     ]
 
 
@@ -191,8 +191,8 @@ def cross_entropy(
         return _soft_cross_entropy(input, target, weight, reduction, label_smoothing)
     rows, classes = _class_rows(input, target)
     loss = _cross_entropy(
-        rows, classes, weight, ignore_index=ignore_index, reduction=reduction,
-        smoothing=label_smoothing,
+        rows, classes, weight=None if weight is None else weight._data,
+        ignore_index=ignore_index, reduction=reduction, smoothing=label_smoothing,
     )  # fmt: skip
     return reshape(loss, tuple(target.shape)) if reduction == "none" else loss
 
