@@ -1,9 +1,10 @@
 """The exceptions of the distributed runtime, with the fields they carry.
 
 Owns: the class tree below `DistError` (the names of torch.distributed plus ours) and its wire form.
-Rules: every error is built from keyword fields, keeps them as attributes, survives pickling, and can be told to another
-rank as plain msgpack data (`to_wire`) and raised there again as the same class with the same sentence (`from_wire`).
-Wrong arguments of a caller are ValueError, TypeError or RuntimeError as in torch; they are not here.
+Rules: every error is built from keyword fields, keeps them as attributes, survives pickling, and
+can be told to another rank as plain msgpack data (`to_wire`) and raised there again as the same
+class with the same sentence (`from_wire`). Wrong arguments of a caller are ValueError, TypeError or
+RuntimeError as in torch; they are not here.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ __all__ = [
     "PeerLost",
     "StoreTimeout",
     "TransportTimeout",
+    "WrongSize",
     "from_wire",
     "to_wire",
 ]
@@ -95,8 +97,8 @@ class ForkedProcessError(DistError):
 
     def __init__(self, what: str, owner: int) -> None:
         super().__init__(
-            f"{what} was opened by process {owner} and cannot be used in its forked child: sockets and"
-            " threads do not survive a fork. Start the child with the 'spawn' method, or open a new"
+            f"{what} was opened by process {owner} and cannot be used in its forked child:"
+            " sockets and threads do not survive a fork. Start the child with the 'spawn' method, or open a new"
             " one in the child.",
             what=what,
             owner=owner,
@@ -168,8 +170,27 @@ class CollectiveMismatch(DistBackendError):
     calls: list[list[Any]]
 
 
+class WrongSize(DistBackendError):
+    """A message of `got` bytes came from `rank` for a receive of `expected` bytes."""
+
+    rank: int
+    got: int
+    expected: int
+
+    def __init__(self, rank: int, got: int, expected: int) -> None:
+        super().__init__(
+            f"rank {rank} sent {got} bytes where {expected} are expected",
+            rank=rank,
+            got=got,
+            expected=expected,
+        )
+
+
 class CollectiveTimeout(DistBackendError):
-    """A collective did not finish in time. Fields: `group`, `seq`, `rank` (waited for), `timeout`."""
+    """A collective did not finish in time.
+
+    Fields: `group`, `seq`, `rank` (waited for), `timeout`.
+    """
 
     group: str
     seq: int | None

@@ -1,7 +1,8 @@
 """What goes over a socket: frames = [header + msgpack body | raw buffers].
 
-Owns: the fixed header, the msgpack settings, the size of a chunk. Used by stores and transports, by nobody else.
-Rules: no pickle here or below. A header is checked before anything else of a message is looked at.
+Owns: the fixed header, the msgpack settings, the size of a chunk. Used by stores and transports, by
+nobody else. Rules: no pickle here or below. A header is checked before anything else of a message
+is looked at.
 """
 
 from __future__ import annotations
@@ -11,10 +12,22 @@ from typing import Any, NamedTuple
 
 import msgpack
 
-__all__ = ["CHUNK", "HEAD", "MAGIC", "Buffer", "Header", "WireError", "dumps", "loads", "pack", "unpack"]
+__all__ = [
+    "CHUNK",
+    "HEAD",
+    "MAGIC",
+    "Buffer",
+    "Header",
+    "WireError",
+    "dumps",
+    "loads",
+    "pack",
+    "unpack",
+]
 
 MAGIC = b"DTR1"
-# Larger frames gain nothing on loopback, and one frame of some GiB is more than libzmq takes gracefully.
+# Larger frames gain nothing on loopback, and one frame of some GiB is more than libzmq takes
+# gracefully.
 CHUNK = 8 << 20
 # magic, kind, 1 spare byte, sender, tag, payload bytes that follow, job
 HEAD = struct.Struct("<4sBxHqQQ")
@@ -27,7 +40,10 @@ class WireError(ValueError):
 
 
 class Header(NamedTuple):
-    """`kind`: meaning given by the protocol; `src`: rank; `nbytes`: raw bytes to follow; `job`: who belongs together."""
+    """`kind`: meaning given by the protocol.
+
+    `src`: rank; `nbytes`: raw bytes to follow; `job`: who belongs together.
+    """
 
     kind: int
     src: int = 0
@@ -55,7 +71,10 @@ def dumps(value: Any) -> bytes:
 
 
 def loads(data: Buffer) -> Any:
-    """The value of msgpack bytes; tuples come back as lists. Raises `WireError` on anything malformed."""
+    """The value of msgpack bytes; tuples come back as lists.
+
+    Raises `WireError` on anything malformed.
+    """
     try:
         return msgpack.unpackb(data, raw=False, strict_map_key=False)
     except Exception as error:

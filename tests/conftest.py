@@ -1,6 +1,7 @@
 """What every test gets without asking: a check that it leaves nothing behind.
 
-The deadline of a test, and the dump of all threads' stacks when it passes, are set in pyproject.toml.
+The deadline of a test, and the dump of all threads' stacks when it passes, are set in
+pyproject.toml.
 """
 
 from __future__ import annotations
@@ -14,6 +15,6 @@ from dtrain.testing.leaks import check_leaks
 
 @pytest.fixture(autouse=True)
 def leaves_nothing_behind() -> Iterator[None]:
-    """Threads, processes, descriptors, shared memory and socket directories are as before the test."""
+    """Threads, processes, descriptors, shared memory and sockets are as before the test."""
     with check_leaks():
         yield

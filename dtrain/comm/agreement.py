@@ -1,13 +1,15 @@
 """How the ranks of a group come to the same error.
 
-Owns: what is known of the other ranks' calls (`Report`), the search for a mismatch, the telling of a failure.
-Called by the group when a call starts and when it fails, and by the transport when news arrive.
+Owns: what is known of the other ranks' calls (`Report`), the search for a mismatch, the telling of
+a failure. Called by the group when a call starts and when it fails, and by the transport when news
+arrive.
 
-[Note: how a mismatch is found] A rank finds out in one of three ways, none of which costs a message while all is well:
-1. the fingerprint in the first message of a peer differs from its own call; 2. a peer has waited for `STALL` seconds and
-tells everybody what it waits in, and that differs (two ranks that both wait to receive would never see 1); 3. it
-starts a call for which such a report is already here. It then tells everybody its own call, which makes the others find
-out in the same way, and waits up to `SETTLE` seconds for all calls to be known. So all ranks see the same table of calls
+[Note: how a mismatch is found] A rank finds out in one of three ways, none of which costs a message
+while all is well: 1. the fingerprint in the first message of a peer differs from its own call; 2. a
+peer has waited for `STALL` seconds and tells everybody what it waits in, and that differs (two
+ranks that both wait to receive would never see 1); 3. it starts a call for which such a report is
+already here. It then tells everybody its own call, which makes the others find out in the same way,
+and waits up to `SETTLE` seconds for all calls to be known. So all ranks see the same table of calls
 and raise the same error. The result is told once more, for ranks that have gone on to a later call.
 """
 
@@ -21,12 +23,20 @@ from dataclasses import dataclass, field
 from dtrain.comm.channel import read_note
 from dtrain.comm.record import RING, CallRecord, Recorder
 from dtrain.comm.transports.base import Transport
-from dtrain.errors import CollectiveMismatch, CollectiveTimeout, DistError, PeerLost, from_wire, to_wire
+from dtrain.errors import (
+    CollectiveMismatch,
+    CollectiveTimeout,
+    DistError,
+    PeerLost,
+    from_wire,
+    to_wire,
+)
 from dtrain.wire import dumps, loads
 
 __all__ = ["STALL", "Agreement", "Disturbed"]
 
-# Long against any collective that goes well on one host, short against the second within which a mismatch is told.
+# Long against any collective that goes well on one host, short against the second within which a
+# mismatch is told.
 STALL = 0.2
 SETTLE = 0.5
 
@@ -158,12 +168,14 @@ class Agreement:
             *(f"last calls of rank {r}: {'; '.join(reports[r].last)}" for r in (one, other)),
         ]
         calls = [[r, reports[r].signature, reports[r].site] for r in ranks]
-        return CollectiveMismatch("\n    ".join(lines), group=self._group, seq=mine.seq, calls=calls)
+        return CollectiveMismatch(
+            "\n    ".join(lines), group=self._group, seq=mine.seq, calls=calls
+        )
 
     def timeout(
         self, where: str, seq: int | None, rank: int | None, timeout: float
     ) -> CollectiveTimeout:
-        """The error of a call that waited for `rank` in vain, with what is known about that rank."""
+        """The error of a call that waited for `rank` in vain, with what is known of that rank."""
         peer = "any rank" if rank is None else f"rank {rank}"
         known = "" if rank is None else f" ({self._whereabouts(rank)})"
         return CollectiveTimeout(

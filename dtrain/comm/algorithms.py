@@ -1,17 +1,18 @@
 """How each collective moves its bytes: direct exchanges between the ranks of one group.
 
-Owns: who sends what to whom. Called by `collectives`, works on a `channel.Channel`, validates nothing.
-Rules: 1. receives are posted before anything is sent, so that data lands where it belongs.
-2. Every pair that talks checks the fingerprint on its first message (the channel does). A rank that would only send
-waits for an empty acknowledgement, so that it learns of a mismatch inside the call.
-3. Sums go through `reduce.combine`, in rank order.
-Message counts per rank, N ranks: all_reduce N-1 below `SMALL`, else 2(N-1); reduce_scatter, all_gather, all_to_all N-1;
-broadcast, scatter N-1 at the root and 1 elsewhere; gather likewise; barrier ceil(log2 N).
+Owns: who sends what to whom. Called by `collectives`, works on a `channel.Channel`, validates
+nothing. Rules: 1. receives are posted before anything is sent, so that data lands where it belongs.
+2. Every pair that talks checks the fingerprint on its first message (the channel does). A rank that
+would only send waits for an empty acknowledgement, so that it learns of a mismatch inside the call.
+3. Sums go through `reduce.combine`, in rank order. Message counts per rank, N ranks: all_reduce N-1
+below `SMALL`, else 2(N-1); reduce_scatter, all_gather, all_to_all N-1; broadcast, scatter N-1 at
+the root and 1 elsewhere; gather likewise; barrier ceil(log2 N).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -43,7 +44,7 @@ def slices(count: int, size: int) -> list[slice]:
     """`count` elements in `size` consecutive parts; the first `count % size` are one longer."""
     part, rest = divmod(count, size)
     bounds = [r * part + min(r, rest) for r in range(size + 1)]
-    return [slice(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [slice(a, b) for a, b in pairwise(bounds)]
 
 
 def _exchange(channel: Channel, outgoing: Sequence[Array], incoming: Sequence[Array]) -> None:
@@ -71,7 +72,10 @@ def _await_acknowledgements(channel: Channel) -> None:
 
 
 def all_reduce(channel: Channel, buf: Array, op: ReduceOp) -> None:
-    """Small: everybody sends everything and adds for himself. Large: exchange slices, add, exchange sums."""
+    """Small: everybody sends everything and adds for himself.
+
+    Large: exchange slices, add, exchange sums.
+    """
     flat = buf.reshape(-1)
     if buf.nbytes < SMALL:
         contributions = _contributions(channel, flat)
@@ -97,7 +101,10 @@ def reduce_scatter(channel: Channel, inp: Array, out: Array, op: ReduceOp) -> No
 
 
 def reduce(channel: Channel, buf: Array, root: int, op: ReduceOp) -> None:
-    """Small: everybody sends to the root. Large: each rank adds one slice, the root collects them."""
+    """Small: everybody sends to the root.
+
+    Large: each rank adds one slice, the root collects them.
+    """
     flat = buf.reshape(-1)
     if buf.nbytes < SMALL:
         contributions = _contributions(channel, flat)
@@ -166,9 +173,7 @@ def all_gather(channel: Channel, inp: Array, out: Array) -> None:
     np.copyto(incoming[channel.rank], flat)
 
 
-def all_to_all(
-    channel: Channel, outgoing: Sequence[Array], incoming: Sequence[Array]
-) -> None:
+def all_to_all(channel: Channel, outgoing: Sequence[Array], incoming: Sequence[Array]) -> None:
     _exchange(channel, outgoing, incoming)
     np.copyto(incoming[channel.rank], outgoing[channel.rank])
 

@@ -1,8 +1,9 @@
 """One collective's view of the transport: its peers, its tag, its deadline, its fingerprint.
 
-Owns: `Channel`. Made by the group for each collective; algorithms talk to it and never see a transport.
-Rules: the first message to each peer carries the fingerprint ("signature, call site"); the first message from each peer
-is compared with it before one byte is written. A wait that takes long tells everybody what this rank is waiting in.
+Owns: `Channel`. Made by the group for each collective; algorithms talk to it and never see a
+transport. Rules: the first message to each peer carries the fingerprint ("signature, call site");
+the first message from each peer is compared with it before one byte is written. A wait that takes
+long tells everybody what this rank is waiting in.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ class Watcher(Protocol):
 
 
 class Channel:
-    """What an algorithm may do: `post`, `send`, `wait`, `flush`, knowing `rank`, `size` and `peers`."""
+    """What an algorithm may do: `post`, `send`, `wait`, `flush`, knowing `rank`, `size` and
+    `peers`.
+    """
 
     def __init__(
         self,

@@ -1,9 +1,11 @@
-"""The collectives as data: one small class each, with its meaning and the algorithm that carries it out.
+"""The collectives as data: one small class each, with its meaning and the algorithm that carries it
+out.
 
-Owns: the classes that `ProcessGroup.submit` takes, except point-to-point (`point_to_point`).
-Each has `reference(ranks)`, the executable specification: from the fields of all ranks at once (inputs untouched), the
-array that the call must leave on each rank (None: nothing). Arrays are NumPy, C-contiguous, of any dtype without
-objects; shapes and dtypes are checked at `submit`, before anything is sent. Ranks are ranks of the group.
+Owns: the classes that `ProcessGroup.submit` takes, except point-to-point (`point_to_point`). Each
+has `reference(ranks)`, the executable specification: from the fields of all ranks at once (inputs
+untouched), the array that the call must leave on each rank (None: nothing). Arrays are NumPy,
+C-contiguous, of any dtype without objects; shapes and dtypes are checked at `submit`, before
+anything is sent. Ranks are ranks of the group.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ def _dtype_name(dtype: np.dtype[Any]) -> str:
 
 
 def describe(array: Array) -> str:
-    """"float32[2, 3]"."""
+    """ "float32[2, 3]"."""
     return f"{_dtype_name(array.dtype)}[{str(array.shape)[1:-1].removesuffix(',')}]"
 
 
@@ -54,7 +56,9 @@ def check_array(array: Array | None, what: str, *, writable: bool) -> Array:
     if not isinstance(array, np.ndarray):
         raise TypeError(f"{what}: expected a numpy.ndarray, got {type(array).__name__}")
     if array.dtype.hasobject or not array.dtype.isnative:
-        raise TypeError(f"{what}: dtype {array.dtype} cannot be exchanged: use a native plain dtype")
+        raise TypeError(
+            f"{what}: dtype {array.dtype} cannot be exchanged: use a native plain dtype"
+        )
     if not array.flags.c_contiguous:
         raise ValueError(f"{what}: Tensors must be contiguous, got strides {array.strides}")
     if writable and not array.flags.writeable:
@@ -68,7 +72,8 @@ def _check_pair(whole: Array, part: Array, size: int, what: str) -> None:
         raise TypeError(f"{what}: dtypes differ: {describe(whole)} and {describe(part)}")
     if whole.size != size * part.size:
         raise ValueError(
-            f"{what}: expected {size} x {part.size} elements, got {describe(whole)} for {describe(part)}"
+            f"{what}: expected {size} x {part.size} elements, got {describe(whole)}"
+            f" for {describe(part)}"
         )
 
 
@@ -101,7 +106,7 @@ class Collective(ABC):
 
     @abstractmethod
     def validate(self, rank: int, size: int) -> None:
-        """Raise TypeError, ValueError or RuntimeError for fields that make no sense on this rank."""
+        """Raise TypeError, ValueError or RuntimeError for fields that make no sense here."""
 
     @property
     @abstractmethod
@@ -207,7 +212,10 @@ class Reduce(Collective):
 
 @dataclass(slots=True)
 class AllGather(Collective):
-    """Put `inp` of all ranks one after the other into `out` everywhere; `out` has N times the elements."""
+    """Put `inp` of all ranks one after the other into `out` everywhere.
+
+    `out` has N times the elements.
+    """
 
     inp: Array
     out: Array
@@ -277,7 +285,10 @@ class Gather(Collective):
 
 @dataclass(slots=True)
 class Scatter(Collective):
-    """Cut `inp` of `root` in N equal parts and put part r into `out` of rank r; `inp` is None elsewhere."""
+    """Cut `inp` of `root` in N equal parts and put part r into `out` of rank r.
+
+    `inp` is None elsewhere.
+    """
 
     inp: Array | None
     out: Array
@@ -350,8 +361,8 @@ class ReduceScatter(Collective):
 class AllToAll(Collective):
     """Send part r of `inp` to rank r, and put what rank r sends into part r of `out`.
 
-    Parts are along the first axis: `inp_splits` and `out_splits` give their lengths (default: equal parts). How many
-    rows rank a sends to rank b must be what b expects from a.
+    Parts are along the first axis: `inp_splits` and `out_splits` give their lengths (default: equal
+    parts). How many rows rank a sends to rank b must be what b expects from a.
     """
 
     inp: Array
@@ -377,8 +388,8 @@ class AllToAll(Collective):
         check_array(self.out, self.kind, writable=True)
         if self.inp.dtype != self.out.dtype or self.inp.shape[1:] != self.out.shape[1:]:
             raise ValueError(
-                f"all_to_all: {describe(self.inp)} and {describe(self.out)} must have the same dtype and"
-                " the same shape but for the first dimension"
+                f"all_to_all: {describe(self.inp)} and {describe(self.out)} must have the same"
+                " dtype and the same shape but for the first dimension"
             )
         if np.may_share_memory(self.inp, self.out):
             raise ValueError("all_to_all: inp and out overlap")
@@ -387,7 +398,9 @@ class AllToAll(Collective):
             _splits(self.out, self.out_splits, size)[rank],
         )
         if own[0] != own[1]:
-            raise ValueError(f"all_to_all: rank {rank} sends {own[0]} rows to itself, expects {own[1]}")
+            raise ValueError(
+                f"all_to_all: rank {rank} sends {own[0]} rows to itself, expects {own[1]}"
+            )
 
     @property
     def signature(self) -> str:

@@ -1,11 +1,12 @@
 """One process group: an ordered sequence of collectives over one transport.
 
-Rule 1: `submit` is the only way in. Collectives run one at a time, in the order of their numbers: at once in the caller
-when nothing is queued, else in the group's one daemon thread, which is started when it is first needed.
-Rule 2: a collective is matched with its peers by its number alone; point-to-point calls are matched by (source,
-destination, tag) and stand outside the sequence.
-Rule 3: the first failure is told to all ranks and is the reason of every later one: nothing runs in a group that has
-failed. Wrong arguments (ValueError, TypeError, RuntimeError) are raised before anything is sent and harm nobody.
+Rule 1: `submit` is the only way in. Collectives run one at a time, in the order of their numbers:
+at once in the caller when nothing is queued, else in the group's one daemon thread, which is
+started when it is first needed. Rule 2: a collective is matched with its peers by its number alone;
+point-to-point calls are matched by (source, destination, tag) and stand outside the sequence. Rule
+3: the first failure is told to all ranks and is the reason of every later one: nothing runs in a
+group that has failed. Wrong arguments (ValueError, TypeError, RuntimeError) are raised before
+anything is sent and harm nobody.
 """
 
 from __future__ import annotations
@@ -32,7 +33,14 @@ from dtrain.comm.store.prefix import PrefixStore
 from dtrain.comm.transports.base import Factory, create
 from dtrain.comm.transports.mailbox import Array
 from dtrain.comm.work import Work
-from dtrain.errors import DistError, GroupAborted, PeerLost, TransportTimeout
+from dtrain.errors import (
+    CollectiveMismatch,
+    DistError,
+    GroupAborted,
+    PeerLost,
+    TransportTimeout,
+    WrongSize,
+)
 
 __all__ = ["DEFAULT_TIMEOUT", "ProcessGroup"]
 
@@ -53,10 +61,11 @@ class _Job:
 class ProcessGroup:
     """The ranks of a group as seen by one of them.
 
-    All `size` ranks make the group at the same time from the same `store` (one `gather` in it); that waits up to
-    `timeout` seconds and raises `StoreTimeout` naming the ranks that did not come. `transport` is a registered name or
-    a factory. `timeout` is also the default deadline of each call, in seconds from its start. The store stays the
-    caller's: it must live as long as sub-groups are to be made, and `close` does not close it.
+    All `size` ranks make the group at the same time from the same `store` (one `gather` in it);
+    that waits up to `timeout` seconds and raises `StoreTimeout` naming the ranks that did not come.
+    `transport` is a registered name or a factory. `timeout` is also the default deadline of each
+    call, in seconds from its start. The store stays the caller's: it must live as long as
+    sub-groups are to be made, and `close` does not close it.
     """
 
     def __init__(
@@ -93,14 +102,18 @@ class ProcessGroup:
     # ---- calls
 
     def submit(
-        self, call: Collective | Send | Recv, *, async_op: bool = False, timeout: float | None = None
+        self,
+        call: Collective | Send | Recv,
+        *,
+        async_op: bool = False,
+        timeout: float | None = None,
     ) -> Work:
         """Issue one call; blocks until it is complete unless `async_op`.
 
-        `timeout`: seconds from the start of the call, default the group's. Raises what is wrong with the arguments
-        (nothing was sent then), `CollectiveMismatch`, `CollectiveTimeout`, `PeerLost`, or `GroupAborted` with the first
-        failure as its cause. With `async_op` these come out of `Work.wait`. The arrays of a call must not be touched
-        before it is complete.
+        `timeout`: seconds from the start of the call, default the group's. Raises what is wrong
+        with the arguments (nothing was sent then), `CollectiveMismatch`, `CollectiveTimeout`,
+        `PeerLost`, or `GroupAborted` with the first failure as its cause. With `async_op` these
+        come out of `Work.wait`. The arrays of a call must not be touched before it is complete.
         """
         call.validate(self.rank, self.size)
         patience = self.timeout if timeout is None else float(timeout)
@@ -130,11 +143,11 @@ class ProcessGroup:
         return job.work
 
     def _check_open(self, what: str) -> None:
-        self.transport.check_usable()
         if self._failure is not None:
             raise self._too_late(what) from self._failure
         if self._closed:
             raise GroupAborted(f"group {self.name!r} is closed: {what} cannot run")
+        self.transport.check_usable()
 
     def _too_late(self, what: str) -> GroupAborted:
         return GroupAborted(
@@ -209,7 +222,7 @@ class ProcessGroup:
     def _fail(
         self, error: BaseException, where: str, seq: int | None, timeout: float
     ) -> BaseException:
-        """The error to raise for `error`, after the group has been made to fail with it everywhere."""
+        """The error to raise for `error`; the group has been made to fail with it everywhere."""
         if isinstance(error, GroupAborted) and error.__cause__ is self._failure is not None:
             return error
         explained = self._explain(error, where, seq, timeout)
@@ -229,10 +242,20 @@ class ProcessGroup:
             return self._agreement.timeout(where, seq, error.rank, timeout)
         if isinstance(error, PeerLost):
             return error.at(where)
+        if isinstance(error, WrongSize):
+            return CollectiveMismatch(
+                f"{where}: rank {error.rank} sent {error.got} bytes where rank {self.rank} expects"
+                f" {error.expected}. All ranks must agree on the sizes.",
+                group=self.name,
+                seq=seq,
+                calls=[],
+            )
         return error
 
     def _poison(self, error: BaseException) -> BaseException:
-        """Make `error` the reason of every later failure, here and (unless it came from there) elsewhere."""
+        """Make `error` the reason of every later failure, here and (unless it came from there)
+        elsewhere.
+        """
         with self._lock:
             if self._failure is not None:
                 return self._failure if isinstance(error, DistError) else error
@@ -243,7 +266,10 @@ class ProcessGroup:
         return error
 
     def abort(self, reason: str | BaseException) -> None:
-        """Make the group fail now, on all ranks: calls that run or wait raise `GroupAborted`. From any thread."""
+        """Make the group fail now, on all ranks: calls that run or wait raise `GroupAborted`.
+
+        From any thread.
+        """
         text = str(reason) if isinstance(reason, str) else f"{type(reason).__name__}: {reason}"
         error = GroupAborted(f"group {self.name!r} was aborted by rank {self.rank}: {text}")
         if isinstance(reason, BaseException):
@@ -264,16 +290,20 @@ class ProcessGroup:
         timeout: float | None = None,
         transport: str | Factory | None = None,
     ) -> ProcessGroup:
-        """A new group of some of this group's ranks, in the order given; only these take part in making it.
+        """A new group of some of this group's ranks, in the order given; only these take part in
+        making it.
 
-        Rank i of the new group is `ranks[i]` here. All members must ask for the same list; the n-th group with one
-        list is the n-th for all of them. Blocks until all members have come (at most `timeout` seconds).
+        Rank i of the new group is `ranks[i]` here. All members must ask for the same list; the n-th
+        group with one list is the n-th for all of them. Blocks until all members have come (at most
+        `timeout` seconds).
         """
         members = list(ranks)
         if len(set(members)) != len(members) or not set(members) <= set(range(self.size)):
             raise ValueError(f"split: {members} are not distinct ranks of range({self.size})")
         if self.rank not in members:
-            raise ValueError(f"split: rank {self.rank} is not one of {members}; only members call it")
+            raise ValueError(
+                f"split: rank {self.rank} is not one of {members}; only members call it"
+            )
         key = ",".join(map(str, members))
         self._children[key] += 1
         return ProcessGroup(

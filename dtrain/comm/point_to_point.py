@@ -1,7 +1,8 @@
 """Send and Recv: messages between two ranks of a group, outside the sequence of its collectives.
 
-Matched by (source, destination, tag), in the order in which they were sent and posted. A send does not wait for its
-receive. The message carries what was sent; a receive of another dtype or shape raises on the receiving rank.
+Matched by (source, destination, tag), in the order in which they were sent and posted. A send does
+not wait for its receive. The message carries what was sent; a receive of another dtype or shape
+raises on the receiving rank.
 """
 
 from __future__ import annotations
@@ -101,7 +102,9 @@ class Recv:
 
 
 class Pending:
-    """A started point-to-point call: it moves on while somebody waits for its `work`, until `deadline`."""
+    """A started point-to-point call: it moves on while somebody waits for its `work`, until
+    `deadline`.
+    """
 
     def __init__(
         self,
@@ -149,7 +152,10 @@ def _check_peer(peer: int, tag: int, rank: int, size: int, role: str) -> None:
 
 
 def reference(ranks: Sequence[Sequence[Send | Recv]]) -> list[list[Array | None]]:
-    """What each call leaves in `buf` (None for a send), given the calls of all ranks; no `src=None`."""
+    """What each call leaves in `buf` (None for a send), given the calls of all ranks.
+
+    No `src=None`.
+    """
     sent: dict[tuple[int, int, int], list[Array]] = {}
     for src, calls in enumerate(ranks):
         for call in calls:

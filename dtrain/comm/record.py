@@ -1,6 +1,7 @@
 """What a group has done: counters per kind of call, and the last calls in order.
 
-Owns: `call_site`, `CallRecord`, `Recorder`, and the frozen snapshots that `ProcessGroup.statistics` hands out.
+Owns: `call_site`, `CallRecord`, `Recorder`, and the frozen snapshots that `ProcessGroup.statistics`
+hands out.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ TOLD = 3
 
 
 def call_site() -> str:
-    """"file:line" of the innermost frame outside this package: the line of the user that led here."""
+    """The line of the user that led here, "file:line": the innermost outside this package."""
     frame = sys._getframe(1)
     while frame.f_code.co_filename.startswith(_PACKAGE):
         outer = frame.f_back
@@ -62,8 +63,9 @@ class KindStatistics:
 class GroupStatistics:
     """A snapshot of one group on this rank.
 
-    `messages_sent` and `bytes_sent` are what the transport carried for it, without acknowledgements' headers and
-    control messages; `completed` counts collectives in sequence, `queued` those that wait for the group's thread.
+    `messages_sent` and `bytes_sent` are what the transport carried for it, without
+    acknowledgements' headers and control messages; `completed` counts collectives in sequence,
+    `queued` those that wait for the group's thread.
     """
 
     calls: Mapping[str, KindStatistics]

@@ -1,10 +1,11 @@
 """Reduction operators, and the one function that combines the contributions of all ranks.
 
 Owns: `ReduceOp`, which dtypes each operator allows, the order and the precision of every sum.
-Rules: 1. contributions are combined in rank order, ((c0 + c1) + c2) + ..., so that the bits of a result depend on nothing
-but the values. 2. float16 and bfloat16 are accumulated in float32 and rounded once, at the end. 3. MIN and MAX propagate
-NaN. 4. Integers wrap around; on bool SUM is "or" and PRODUCT is "and". 5. AVG is the sum divided by the number of ranks;
-integers and bool refuse it, as torch's gloo backend does.
+Rules: 1. contributions are combined in rank order, ((c0 + c1) + c2) + ..., so that the bits of a
+result depend on nothing but the values. 2. float16 and bfloat16 are accumulated in float32 and
+rounded once, at the end. 3. MIN and MAX propagate NaN. 4. Integers wrap around; on bool SUM is "or"
+and PRODUCT is "and". 5. AVG is the sum divided by the number of ranks; integers and bool refuse it,
+as torch's gloo backend does.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ _BITWISE = {"BAND", "BOR", "BXOR"}
 class ReduceOp:
     """How contributions are combined. Compare by value; the ready ones are class attributes.
 
-    `ReduceOp.PREMUL_SUM(factor)` multiplies every contribution by `factor` (the same on all ranks) and adds.
+    `ReduceOp.PREMUL_SUM(factor)` multiplies every contribution by `factor` (the same on all ranks)
+    and adds.
     """
 
     name: str
@@ -78,7 +80,7 @@ class ReduceOp:
             raise ValueError("a factor belongs to PREMUL_SUM, and only to it")
 
     @staticmethod
-    def PREMUL_SUM(factor: float) -> ReduceOp:  # noqa: N802 (torch's name)
+    def PREMUL_SUM(factor: float) -> ReduceOp:
         return ReduceOp("PREMUL_SUM", float(factor))
 
     def __str__(self) -> str:
@@ -100,7 +102,10 @@ PREMUL_SUM = ReduceOp.PREMUL_SUM
 
 
 def check_op(op: ReduceOp, dtype: np.dtype[Any], where: str) -> None:
-    """Raise what torch raises when `op` is not defined on `dtype`; `where` is the collective's name."""
+    """Raise what torch raises when `op` is not defined on `dtype`.
+
+    `where` is the collective's name.
+    """
     integral = dtype.kind in "biu"
     if dtype.kind == "c" and op.name in _NOT_COMPLEX:
         raise ValueError(f"{where} does not support ReduceOp.{op} on complex tensors")
@@ -116,11 +121,13 @@ def check_op(op: ReduceOp, dtype: np.dtype[Any], where: str) -> None:
 def combine(op: ReduceOp, contributions: Sequence[Array], out: Array) -> None:
     """Combine one array per rank, in rank order, into `out`; all have the same shape and dtype.
 
-    `out` may be the very memory of one contribution (an all-reduce in place). If that one comes third or later, the
-    first contribution is used as scratch and overwritten: it must then be the caller's to spoil.
-    Each step is one NumPy call with `out=`, which releases the GIL when it is large.
+    `out` may be the very memory of one contribution (an all-reduce in place). If that one comes
+    third or later, the first contribution is used as scratch and overwritten: it must then be the
+    caller's to spoil. Each step is one NumPy call with `out=`, which releases the GIL when it is
+    large.
     """
-    # errstate: overflow and NaN are the user's values, reported by his own code and not by a warning from here.
+    # errstate: overflow and NaN are the user's values, reported by his own code and not by a
+    # warning from here.
     with np.errstate(all="ignore"):
         if out.dtype == _FLOAT16 or out.dtype == _BFLOAT16:
             wide = [np.asarray(c, _FLOAT32) for c in contributions]

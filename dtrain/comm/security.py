@@ -1,9 +1,10 @@
 """The only place that opens ZeroMQ contexts and sockets, sets their limits, and binds.
 
-Owns: every socket option of the project, the addresses that may be bound, the directories of unix sockets.
-Rules: 1. a socket listens on loopback, or on a unix path inside a directory of mode 0700; on nothing else. 2. A frame has
-a maximum size that is checked before it is allocated. 3. Nothing is dropped silently and nothing lingers: LINGER is 0
-unless a close asks for time to deliver. 4. A broken connection stays broken; a peer that comes back is a new peer.
+Owns: every socket option of the project, the addresses that may be bound, the directories of unix
+sockets. Rules: 1. a socket listens on loopback, or on a unix path inside a directory of mode 0700;
+on nothing else. 2. A frame has a maximum size that is checked before it is allocated. 3. Nothing is
+dropped silently and nothing lingers: LINGER is 0 unless a close asks for time to deliver. 4. A
+broken connection stays broken; a peer that comes back is a new peer.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ MAX_STORE_FRAME = 64 << 20
 
 _HANDSHAKE_MS = 10_000
 _BACKLOG = 1024
-# The I/O thread answers heartbeats by itself, so that only a stopped or unreachable process misses them.
+# The I/O thread answers heartbeats by itself, so that only a stopped or unreachable process misses
+# them.
 _HEARTBEAT_MS = 1_000
 _HEARTBEAT_TIMEOUT_MS = 4_000
 
@@ -39,7 +41,9 @@ _PREFIX = "dtrain-"  # followed by the process id
 
 
 def context() -> zmq.Context[zmq.Socket[bytes]]:
-    """A context of its own for each transport and store: closing it gives everything back at a known moment."""
+    """A context of its own for each transport and store: closing it gives everything back at a
+    known moment.
+    """
     made: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     made.setsockopt(zmq.BLOCKY, False)
     made.setsockopt(zmq.MAX_SOCKETS, 4096)
@@ -56,8 +60,9 @@ def open_socket(
 ) -> zmq.Socket[bytes]:
     """A socket with the project's options.
 
-    The queue of what is sent has no limit (it holds references to arrays, and a limit would block or drop); the queue
-    of what was received holds `receive_limit` frames per peer, the rest stays with the sender.
+    The queue of what is sent has no limit (it holds references to arrays, and a limit would block
+    or drop); the queue of what was received holds `receive_limit` frames per peer, the rest stays
+    with the sender.
     """
     socket = ctx.socket(kind)
     options = {
@@ -96,8 +101,9 @@ class Listener:
 def listen(socket: zmq.Socket[bytes], where: str = "ipc") -> Listener:
     """Bind `socket`; the one call of `bind` in the project.
 
-    `where`: "ipc" for a unix socket in a fresh directory of mode 0700, or "tcp://HOST[:PORT]" with a loopback host;
-    port 0 (the default) takes a free one. Raises `DistNetworkError` for an address that is taken or not allowed.
+    `where`: "ipc" for a unix socket in a fresh directory of mode 0700, or "tcp://HOST[:PORT]" with
+    a loopback host; port 0 (the default) takes a free one. Raises `DistNetworkError` for an address
+    that is taken or not allowed.
     """
     directory = None
     if where == "ipc":
@@ -121,8 +127,8 @@ def _fresh_directory() -> Path:
         if len(os.fsencode(base)) + len(_PREFIX) + 24 <= MAX_UNIX_PATH and os.access(base, os.W_OK):
             return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=base))
     raise DistNetworkError(
-        f"no directory for unix sockets: {tempfile.gettempdir()} is too long (a socket's path has at most"
-        f" {MAX_UNIX_PATH} bytes) and /tmp is not writable; set TMPDIR"
+        f"no directory for unix sockets: {tempfile.gettempdir()} is too long (a socket's path has"
+        f" at most {MAX_UNIX_PATH} bytes) and /tmp is not writable; set TMPDIR"
     )
 
 
@@ -135,8 +141,8 @@ def _loopback(where: str) -> str:
         if ipaddress.ip_address(name).is_loopback:
             return f"tcp://{f'[{name}]' if ':' in name else name}:{port}"
     raise DistNetworkError(
-        f"refusing to listen on {where}: connections are not authenticated, so only loopback addresses"
-        " (127.0.0.1, localhost) and unix sockets are allowed",
+        f"refusing to listen on {where}: connections are not authenticated, so only loopback"
+        " addresses (127.0.0.1, localhost) and unix sockets are allowed",
         address=where,
     )
 

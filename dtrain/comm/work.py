@@ -1,7 +1,7 @@
 """Handles of what is not finished yet: `Future` (torch.futures) and `Work` (torch.distributed).
 
-Rules: completed once, by one thread; waiting never spins; a callback runs in the thread that completes, or at once in
-the caller when it is already complete.
+Rules: completed once, by one thread; waiting never spins; a callback runs in the thread that
+completes, or at once in the caller when it is already complete.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from dtrain.comm.transports.mailbox import Array
 from dtrain.errors import CollectiveTimeout
@@ -25,7 +25,8 @@ _log = logging.getLogger("dtrain.comm")
 class Future(Generic[T]):
     """A value that comes later (torch.futures.Future).
 
-    `drive(timeout)` is for values that only come while somebody waits for them: it is called by those who wait.
+    `drive(timeout)` is for values that only come while somebody waits for them: it is called by
+    those who wait.
     """
 
     def __init__(self, drive: Callable[[float | None], None] | None = None) -> None:
@@ -44,7 +45,10 @@ class Future(Generic[T]):
         return self._done
 
     def wait(self, timeout: float | None = None) -> T:
-        """The value; blocks until it is there. Raises the error, or TimeoutError after `timeout` seconds."""
+        """The value; blocks until it is there.
+
+        Raises the error, or TimeoutError after `timeout` seconds.
+        """
         if self._drive is not None and not self._done:
             self._drive(timeout)
             timeout = 0.0
@@ -59,7 +63,10 @@ class Future(Generic[T]):
             return self._completed.wait_for(lambda: self._done, timeout)
 
     def value(self) -> T:
-        """The value of a complete future; raises its error, or RuntimeError when it is not complete."""
+        """The value of a complete future.
+
+        Raises its error, or RuntimeError when it is not complete.
+        """
         if not self._done:
             raise RuntimeError("Future.value() called before the future is complete; use wait()")
         if self._error is not None:
@@ -90,7 +97,10 @@ class Future(Generic[T]):
             self._run(callback)
 
     def add_done_callback(self, callback: Callable[[Future[T]], None]) -> None:
-        """Call `callback(self)` on completion. What it raises is logged, as in torch: nobody else can take it."""
+        """Call `callback(self)` on completion.
+
+        What it raises is logged, as in torch: nobody else can take it.
+        """
         with self._lock:
             if not self._done:
                 self._callbacks.append(callback)
@@ -140,8 +150,8 @@ class Work:
     def wait(self, timeout: float | None = None) -> bool:
         """Block until the call is complete; True, or its error.
 
-        `timeout` (seconds) bounds this wait alone: when it passes, `CollectiveTimeout` is raised and the call goes on.
-        Without it the timeout of the call itself bounds the wait.
+        `timeout` (seconds) bounds this wait alone: when it passes, `CollectiveTimeout` is raised
+        and the call goes on. Without it the timeout of the call itself bounds the wait.
         """
         try:
             self._future.wait(timeout)

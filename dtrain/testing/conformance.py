@@ -1,8 +1,10 @@
-"""What every store, every transport and every collective must do: checks that run against any implementation.
+"""What every store, every transport and every collective must do: checks that run against any
+implementation.
 
-Owns: `check_store`, `check_transport`, `check_group` and the tables behind them (`STORE_CHECKS`, `TRANSPORT_CHECKS`,
-`COLLECTIVES`), so that a test can be parametrised by one check. A failed check raises AssertionError. A new transport
-passes when `check_transport(name)` and `check_group(name)` do.
+Owns: `check_store`, `check_transport`, `check_group` and the tables behind them (`STORE_CHECKS`,
+`TRANSPORT_CHECKS`, `COLLECTIVES`), so that a test can be parametrised by one check. A failed check
+raises AssertionError. A new transport passes when `check_transport(name)` and `check_group(name)`
+do.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ __all__ = [
     "make_calls",
 ]
 
-# ---- stores. Each check gets `connect`, which returns one more client of one and the same fresh store.
+# ---- stores. Each check gets `connect`, which returns one more client of one and the same fresh
+# store.
 
 Connect = Callable[[], Store]
 
@@ -155,7 +158,10 @@ STORE_CHECKS: dict[str, Callable[[Connect], None]] = {
 
 
 def check_store(connect: Connect) -> None:
-    """Run every check against one store; `connect` must give a client of a store without keys to each check."""
+    """Run every check against one store.
+
+    `connect` must give a client of a store without keys to each check.
+    """
     for check in STORE_CHECKS.values():
         check(connect)
 
@@ -197,7 +203,10 @@ def _transport_moves_all_sizes(transport: Transport) -> None:
 
 
 def _transport_keeps_order_and_tags(transport: Transport) -> None:
-    """Rank 0 sends 0..9 on two tags to everybody; all read tag 1 first, then tag 0 into posted receives."""
+    """Rank 0 sends 0..9 on two tags to everybody.
+
+    All read tag 1 first, then tag 0 into posted receives.
+    """
     numbers = np.arange(10)
     if transport.rank == 0:
         for peer, tag, n in itertools.product(range(1, transport.size), (0, 1), range(10)):
@@ -255,7 +264,7 @@ def _transport_refuses_nonsense(transport: Transport) -> None:
 
 
 def _transport_says_goodbye(transport: Transport) -> None:
-    """The last rank sends and closes at once: what it sent arrives, then it is gone in good order."""
+    """The last rank sends and closes: what it sent arrives, then it is gone in good order."""
     last = transport.size - 1
     if transport.size == 1:
         return
@@ -272,7 +281,9 @@ def _transport_says_goodbye(transport: Transport) -> None:
 
 
 def _transport_notices_a_death(transport: Transport) -> None:
-    """The last rank vanishes: all others learn it within a second, whether they wait for it or send to it."""
+    """The last rank vanishes: all others learn it within a second, whether they wait for it or send
+    to it.
+    """
     last = transport.size - 1
     if transport.size == 1:
         return
@@ -291,9 +302,10 @@ def _expect_loss(transport: Transport, peer: int, *, orderly: bool) -> None:
     assert isinstance(error, PeerLost)
     assert (error.rank, error.orderly) == (peer, orderly)
     _raises(PeerLost, lambda: transport.send(peer, 3, lost))
-    _raises(PeerLost, lambda: transport.post(peer, 3, lost) and transport.recv_into(
-        peer, 3, lost, _soon()
-    ))
+    _raises(
+        PeerLost,
+        lambda: transport.post(peer, 3, lost) and transport.recv_into(peer, 3, lost, _soon()),
+    )
 
 
 def _transport_serves_threads(transport: Transport) -> None:
@@ -385,7 +397,9 @@ def _every(size: int, make: Callable[[int], c.Collective]) -> list[c.Collective]
     return [make(rank) for rank in range(size)]
 
 
-def _all_to_all(size: int, n: int, draw: Callable[[Any], Array], op: ReduceOp) -> list[c.Collective]:
+def _all_to_all(
+    size: int, n: int, draw: Callable[[Any], Array], op: ReduceOp
+) -> list[c.Collective]:
     # rank a sends (a + b) % 3 rows of n to rank b
     rows = [[(a + b) % 3 for b in range(size)] for a in range(size)]
     columns = list(zip(*rows, strict=True))
@@ -459,6 +473,8 @@ def check_group(
     kinds: Iterable[str] | None = None,
     counts: Sequence[int] = COUNTS,
 ) -> None:
-    """Every collective against its `reference`, bit by bit: world sizes x counts x dtypes x operators."""
+    """Every collective against its `reference`, bit by bit: world sizes x counts x dtypes x
+    operators.
+    """
     for size, kind in itertools.product(sizes, kinds or COLLECTIVES):
         run_world(size, _check_calls, kind, counts, transport=transport, timeout=60.0)

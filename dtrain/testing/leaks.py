@@ -1,7 +1,8 @@
-"""Does a block leave something behind? Threads, child processes, descriptors, shared memory, socket directories.
+"""Does a block leave something behind? Threads, child processes, descriptors, shared memory, socket
+directories.
 
-Owns: `check_leaks`, a context manager that raises `LeakError` naming each thing that is there after the block and was
-not before. What needs a moment to go away gets `grace` seconds.
+Owns: `check_leaks`, a context manager that raises `LeakError` naming each thing that is there after
+the block and was not before. What needs a moment to go away gets `grace` seconds.
 """
 
 from __future__ import annotations

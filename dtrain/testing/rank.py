@@ -1,7 +1,9 @@
-"""One rank of `run_world(processes=True)`: `python -m dtrain.testing.rank`, started by `world` only.
+"""One rank of `run_world(processes=True)`: `python -m dtrain.testing.rank`, started by `world`
+only.
 
-Reads its task as msgpack from standard input, runs the function, and writes [value, error, traceback, time] as msgpack
-to what was standard output; what the function prints goes to standard error.
+Reads its task as msgpack from standard input, runs the function, and writes [value, error,
+traceback, time] as msgpack to what was standard output; what the function prints goes to standard
+error.
 """
 
 from __future__ import annotations

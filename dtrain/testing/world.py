@@ -1,9 +1,11 @@
-"""A world of ranks for a test: `run_world(n, fn)` runs `fn(group)` on n ranks, as threads or as processes.
+"""A world of ranks for a test: `run_world(n, fn)` runs `fn(group)` on n ranks, as threads or as
+processes.
 
-Owns: starting the ranks, joining them under one deadline, saying which failed first, and the stacks of all ranks when the
-deadline passes. Nothing is left behind: threads are joined, processes killed.
-Process ranks import `fn` by its module and name, so it must be a module's function; its arguments and its result are
-msgpack data. Thread ranks run in a copy of the caller's context variables, each in its own.
+Owns: starting the ranks, joining them under one deadline, saying which failed first, and the stacks
+of all ranks when the deadline passes. Nothing is left behind: threads are joined, processes killed.
+Process ranks import `fn` by its module and name, so it must be a module's function; its arguments
+and its result are msgpack data. Thread ranks run in a copy of the caller's context variables, each
+in its own.
 """
 
 from __future__ import annotations
@@ -39,7 +41,10 @@ class RankFailed(RuntimeError):
 
 @dataclass(slots=True)
 class Outcome:
-    """How one rank ended. `order` counts the failures in time (0 failed first); `status` is a process's exit code."""
+    """How one rank ended.
+
+    `order` counts the failures in time (0 failed first); `status` is a process's exit code.
+    """
 
     rank: int
     value: Any = None
@@ -59,9 +64,10 @@ def run_world(
 ) -> list[Any]:
     """Run `fn(group, *args)` on `size` ranks and return the results in rank order.
 
-    The error of the rank that failed first is raised, with its traceback and a note that names the rank; a rank that
-    fails aborts the group, so that the others end at once. After `timeout` seconds TimeoutError is raised, with the
-    stacks of all ranks that still run. That is also the default deadline of the group's calls.
+    The error of the rank that failed first is raised, with its traceback and a note that names the
+    rank; a rank that fails aborts the group, so that the others end at once. After `timeout`
+    seconds TimeoutError is raised, with the stacks of all ranks that still run. That is also the
+    default deadline of the group's calls.
     """
     outcomes = run_ranks(
         size, fn, *args, transport=transport, timeout=timeout, processes=processes, name=name
@@ -199,9 +205,7 @@ def _start(task: bytes) -> subprocess.Popen[bytes]:
     return process
 
 
-def _await_processes(
-    ranks: Sequence[subprocess.Popen[bytes]], deadline: float
-) -> list[Outcome]:
+def _await_processes(ranks: Sequence[subprocess.Popen[bytes]], deadline: float) -> list[Outcome]:
     outcomes = []
     for rank, process in enumerate(ranks):
         try:
@@ -209,7 +213,7 @@ def _await_processes(
             report, _ = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             raise TimeoutError(
-                f"rank {rank} (process {process.pid}) still runs; the stacks of all late ranks are on stderr"
+                f"rank {rank} (process {process.pid}) still runs; its stacks are on stderr"
             ) from None
         outcomes.append(_outcome(rank, process.returncode, report))
     return _in_time(outcomes)
@@ -229,7 +233,9 @@ def _outcome(rank: int, status: int, report: bytes) -> Outcome:
 
 
 def _in_time(outcomes: list[Outcome]) -> list[Outcome]:
-    """Number the failures: first those that died without a word, then by the clock, which all ranks share."""
+    """Number the failures: first those that died without a word, then by the clock, which all ranks
+    share.
+    """
     failed = [o for o in outcomes if o.error is not None]
     failed.sort(key=lambda o: -1 if o.order == sys.maxsize else o.order)
     for number, outcome in enumerate(failed):

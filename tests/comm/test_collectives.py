@@ -9,8 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dtrain.comm import algorithms
-from dtrain.comm import collectives as c
+from dtrain.comm import algorithms, collectives as c
 from dtrain.comm.reduce import AVG, MAX, SUM
 from dtrain.testing.conformance import COLLECTIVES, COUNTS, check_group, make_calls
 from dtrain.testing.world import run_world
@@ -53,7 +52,11 @@ def test_references_are_the_textbook():
 
     assert lists(c.AllReduce.reference([c.AllReduce(b) for b in bufs])) == [[6, 9]] * 3
     assert lists(c.Broadcast.reference([c.Broadcast(b, 1) for b in bufs])) == [[2, 3]] * 3
-    assert lists(c.Reduce.reference([c.Reduce(b, 2, MAX) for b in bufs])) == [[1, 2], [2, 3], [3, 4]]
+    assert lists(c.Reduce.reference([c.Reduce(b, 2, MAX) for b in bufs])) == [
+        [1, 2],
+        [2, 3],
+        [3, 4],
+    ]
     joined = [1, 2, 2, 3, 3, 4]
     assert lists(c.AllGather.reference([c.AllGather(b, out()) for b in bufs])) == [joined] * 3
     gathers = [c.Gather(b, out() if r == 1 else None, 1) for r, b in enumerate(bufs)]
@@ -123,7 +126,10 @@ def test_local_and_zmq_give_the_same_bits():
 
 
 def test_in_place_forms_that_fsdp_uses():
-    """all_gather from, and reduce_scatter into, the rank's own part of the big buffer. N = 4, rank r holds r + 1."""
+    """all_gather from, and reduce_scatter into, the rank's own part of the big buffer.
+
+    N = 4, rank r holds r + 1.
+    """
 
     def gather(group):
         whole = np.zeros((4, 3))
@@ -142,8 +148,16 @@ def test_in_place_forms_that_fsdp_uses():
         (c.AllReduce(np.array([object()])), TypeError, "dtype object cannot be exchanged"),
         (c.AllReduce(np.zeros(3, ">f4")), TypeError, "cannot be exchanged"),
         (c.AllReduce(np.zeros((4, 4))[:, 0]), ValueError, "Tensors must be contiguous"),
-        (c.AllReduce(np.asfortranarray(np.zeros((4, 4)))), ValueError, "Tensors must be contiguous"),
-        (c.AllReduce(np.zeros(3, np.complex64), MAX), ValueError, "does not support ReduceOp.MAX on"),
+        (
+            c.AllReduce(np.asfortranarray(np.zeros((4, 4)))),
+            ValueError,
+            "Tensors must be contiguous",
+        ),
+        (
+            c.AllReduce(np.zeros(3, np.complex64), MAX),
+            ValueError,
+            "does not support ReduceOp.MAX on",
+        ),
         (c.AllReduce(np.zeros(3, np.int64), AVG), RuntimeError, "result type Float can't be cast"),
         (c.Broadcast(np.zeros(3), 2), ValueError, "root 2 is not a rank of this group"),
         (c.Broadcast(np.zeros(3), -1), ValueError, "root -1"),

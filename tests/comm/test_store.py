@@ -69,7 +69,9 @@ def test_prefixes_do_not_meet():
 def test_port_0_is_a_real_port_and_a_taken_one_is_refused():
     with TcpStore("127.0.0.1", 0, is_master=True) as store:
         assert store.port > 0
-        with pytest.raises(DistNetworkError, match=f"cannot listen on tcp://127.0.0.1:{store.port}"):
+        with pytest.raises(
+            DistNetworkError, match=f"cannot listen on tcp://127.0.0.1:{store.port}"
+        ):
             TcpStore("127.0.0.1", store.port, is_master=True)
 
 
@@ -90,9 +92,11 @@ def test_nobody_there_is_a_timeout_that_names_the_address(monkeypatch):
     monkeypatch.setattr(tcp, "_ANSWER_TIME", 0.0)
     with StoreServer() as server:
         port = server.port
-    with TcpStore("127.0.0.1", port) as client:
-        with pytest.raises(StoreTimeout, match=f"no answer from the store at tcp://127.0.0.1:{port}"):
-            client.get("key", 0.1)
+    with (
+        TcpStore("127.0.0.1", port) as client,
+        pytest.raises(StoreTimeout, match=f"no answer from the store at tcp://127.0.0.1:{port}"),
+    ):
+        client.get("key", 0.1)
 
 
 def test_a_master_that_closes_wakes_its_clients():

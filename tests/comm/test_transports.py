@@ -227,5 +227,8 @@ def test_sigkill_is_seen_within_a_second_and_leaves_no_socket_behind():
         lost, orderly, seconds = outcomes[rank].value
         assert (lost, orderly) == (1, False)
         assert seconds < 1.0
-    pids = {path.name.split("-")[1] for path in set(Path(tempfile.gettempdir()).glob("dtrain-*")) - before}
+    pids = {
+        path.name.split("-")[1]
+        for path in set(Path(tempfile.gettempdir()).glob("dtrain-*")) - before
+    }
     assert not {pid for pid in pids if not Path(f"/proc/{pid}").exists()}

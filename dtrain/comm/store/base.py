@@ -1,8 +1,9 @@
 """What a key-value store can do, and the one table of commands behind every kind of it.
 
-Owns: `Store` (the public face) and `Table` (the meaning of each command, without any waiting or I/O).
-Rules: a `Table` method either returns a value or raises `NotYet`; the kinds of store differ only in how they reach the
-table and how they wait. Values are bytes, keys are str, times are seconds as float. Nothing is ever pickled.
+Owns: `Store` (the public face) and `Table` (the meaning of each command, without any waiting or
+I/O). Rules: a `Table` method either returns a value or raises `NotYet`; the kinds of store differ
+only in how they reach the table and how they wait. Values are bytes, keys are str, times are
+seconds as float. Nothing is ever pickled.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ def timed_out(waiting: NotYet, waited: float) -> StoreTimeout:
 
 
 class _Gather:
-    """The rounds of one gather key: `open` is filled by rank, `complete` rounds wait to be collected."""
+    """The rounds of one gather key: `open` is filled by rank, `complete` rounds wait to be
+    collected.
+    """
 
     __slots__ = ("complete", "number", "open", "size")
 
@@ -63,7 +66,10 @@ class Table:
         self._gathers: dict[str, _Gather] = {}
 
     def do(self, command: str, args: Sequence[Any]) -> Any:
-        """Run one command; raises `NotYet` when it has to wait, `DistStoreError` when it is wrong."""
+        """Run one command.
+
+        Raises `NotYet` when it has to wait, `DistStoreError` when it is wrong.
+        """
         if command not in _COMMANDS:
             raise DistStoreError(f"unknown store command {command!r}")
         return getattr(self, f"_{command}")(*args)
@@ -105,7 +111,10 @@ class Table:
         return len(self._values)
 
     def _join(self, key: str, rank: int, size: int, value: bytes) -> int:
-        """Put one rank's value into the open round of a gather; returns the number of that round."""
+        """Put one rank's value into the open round of a gather.
+
+        Returns the number of that round.
+        """
         gather = self._gathers.setdefault(key, _Gather(size))
         if gather.size != size:
             raise DistStoreError(
@@ -140,9 +149,9 @@ def _as_bytes(value: bytes | str) -> bytes:
 class Store(ABC):
     """A key-value store shared by the ranks of a job; safe to use from several threads.
 
-    Calls that wait (`get`, `wait`, `gather`) take `timeout` in seconds, `None` meaning the store's own `timeout`, and
-    raise `StoreTimeout` naming the missing keys (and ranks) when it has passed. All other failures are
-    `DistStoreError`. Names and meanings follow torch.distributed.Store.
+    Calls that wait (`get`, `wait`, `gather`) take `timeout` in seconds, `None` meaning the store's
+    own `timeout`, and raise `StoreTimeout` naming the missing keys (and ranks) when it has passed.
+    All other failures are `DistStoreError`. Names and meanings follow torch.distributed.Store.
     """
 
     def __init__(self, timeout: float = DEFAULT_TIMEOUT) -> None:
@@ -150,7 +159,7 @@ class Store(ABC):
 
     @abstractmethod
     def _call(self, command: str, args: list[Any], timeout: float) -> Any:
-        """Run `command` against the table, waiting at most `timeout` seconds for it to be possible."""
+        """Run `command` against the table; wait at most `timeout` seconds until it is possible."""
 
     @abstractmethod
     def _gather(self, key: str, rank: int, size: int, value: bytes, timeout: float) -> list[bytes]:
@@ -165,7 +174,10 @@ class Store(ABC):
         return bytes(self._call("get", [key], self._patience(timeout)))
 
     def add(self, key: str, amount: int) -> int:
-        """Add to the counter `key` (0 when it is new) and return its new value; kept as decimal text."""
+        """Add to the counter `key` (0 when it is new) and return its new value.
+
+        Kept as decimal text.
+        """
         return int(self._call("add", [key, int(amount)], self.timeout))
 
     def check(self, keys: Iterable[str]) -> bool:
@@ -181,9 +193,11 @@ class Store(ABC):
         return bool(self._call("delete", [key], self.timeout))
 
     def compare_set(self, key: str, expected: bytes | str, desired: bytes | str) -> bytes:
-        """Set `key` to `desired` if its value is `expected` (or it is absent and `expected` is empty).
+        """Set `key` to `desired` if its value is `expected` (or it is absent and `expected` is
+        empty).
 
-        Returns the value after the call; for an absent key that was not set, `expected`, as torch does.
+        Returns the value after the call; for an absent key that was not set, `expected`, as torch
+        does.
         """
         args = [key, _as_bytes(expected), _as_bytes(desired)]
         return bytes(self._call("compare_set", args, self.timeout))
@@ -195,15 +209,18 @@ class Store(ABC):
     def gather(
         self, key: str, rank: int, size: int, value: bytes, timeout: float | None = None
     ) -> list[bytes]:
-        """Give `value` and get the values of all `size` ranks, in rank order: one round trip per rank.
+        """Give `value` and get the values of all `size` ranks, in rank order: one round trip per
+        rank.
 
-        The n-th call with the same key is the n-th round. Raises `StoreTimeout` whose `ranks` are those that did not
-        come, `DistStoreError` when a rank joins a round twice or the ranks disagree about `size`.
+        The n-th call with the same key is the n-th round. Raises `StoreTimeout` whose `ranks` are
+        those that did not come, `DistStoreError` when a rank joins a round twice or the ranks
+        disagree about `size`.
         """
         if not 0 <= rank < size:
             raise ValueError(f"gather {key!r}: rank {rank} is not in range({size})")
         return self._gather(key, rank, size, bytes(value), self._patience(timeout))
 
+    @abstractmethod
     def close(self) -> None:
         """Give back sockets, threads and files; idempotent."""
 

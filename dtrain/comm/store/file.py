@@ -1,9 +1,10 @@
 """A store in one file on a file system that all ranks see: an append-only log of commands.
 
-Owns: the format of that log: msgpack values, first {"dtrain store": 1, "run": run id}, then [command, args] of every
-command that changed something. Rules: 1. a reader or writer holds an exclusive `fcntl` lock while it works. 2. A log
-of another run id is left over from an earlier job: it is unlinked and a new one begun. 3. A half-written command at the end (its
-writer was killed) is cut off by the next writer. Waiting means looking again: a file cannot wake anybody.
+Owns: the format of that log: msgpack values, first {"dtrain store": 1, "run": run id}, then
+[command, args] of every command that changed something. Rules: 1. a reader or writer holds an
+exclusive `fcntl` lock while it works. 2. A log of another run id is left over from an earlier job:
+it is unlinked and a new one begun. 3. A half-written command at the end (its writer was killed) is
+cut off by the next writer. Waiting means looking again: a file cannot wake anybody.
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ _FIRST_LOOK, _LAST_LOOK = 0.001, 0.05  # seconds between looks, doubling
 
 
 class FileStore(Store):
-    """The store in the file `path`, made if it is missing. All ranks of a job must give the same `run_id`.
+    """The store in the file `path`, made if it is missing. All ranks of a job must give the same
+    `run_id`.
 
-    The file stays behind. A later job with another run id begins a new one; one with the same run id goes on with its keys,
-    and a gather that the earlier job left incomplete is reported as such instead of waiting for ranks that are gone.
+    The file stays behind. A later job with another run id begins a new one; one with the same run
+    id goes on with its keys, and a gather that the earlier job left incomplete is reported as such
+    instead of waiting for ranks that are gone.
     """
 
     def __init__(
@@ -43,10 +46,14 @@ class FileStore(Store):
         self.path, self.run_id = Path(path), run_id
         self._thread_lock = threading.Lock()
         self._closed = False
+        self._run: str | None = None  # the run id in the log, once it has been read
         self._open()
 
     def _open(self) -> None:
-        """Open the log of this run; one of another run is unlinked, and so left to those who still have it open."""
+        """Open the log of this run.
+
+        One of another run is unlinked, and so left to those who still have it open.
+        """
         while True:
             self._reset()
             try:
@@ -67,7 +74,10 @@ class FileStore(Store):
         return os.fstat(self._fd).st_nlink > 0
 
     def _join_run(self) -> bool:
-        """Read the log, or begin it if it is empty; False when it was of another run and has been unlinked."""
+        """Read the log, or begin it if it is empty.
+
+        False when it was of another run and has been unlinked.
+        """
         run = self._catch_up()
         if run is None:
             self._append({_MARK: 1, "run": self.run_id})
@@ -80,7 +90,7 @@ class FileStore(Store):
     def _reset(self) -> None:
         self._table = Table()
         self._at = 0  # end of what the table has seen
-        self._run: str | None = None
+        self._run = None
 
     def _call(self, command: str, args: list[Any], timeout: float) -> Any:
         deadline, pause = time.monotonic() + timeout, _FIRST_LOOK
@@ -110,7 +120,8 @@ class FileStore(Store):
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        # The file lock excludes other processes and other FileStores, the thread lock other threads of this one.
+        # The file lock excludes other processes and other FileStores, the thread lock other threads
+        # of this one.
         with self._thread_lock:
             if self._closed:
                 raise DistStoreError(f"the store in {self.path} is closed")
@@ -121,7 +132,10 @@ class FileStore(Store):
                 fcntl.flock(self._fd, fcntl.LOCK_UN)
 
     def _catch_up(self) -> str | None:
-        """Apply what others have written since the last look; the run id of the log, None for an empty one."""
+        """Apply what others have written since the last look.
+
+        The run id of the log, None for an empty one.
+        """
         start = self._at
         unpacker = msgpack.Unpacker(raw=False, strict_map_key=False)
         unpacker.feed(os.pread(self._fd, os.fstat(self._fd).st_size - start, start))

@@ -1,4 +1,8 @@
-"""A store inside one process, for ranks that are threads (torch calls it HashStore)."""
+"""A store inside one process, for ranks that are threads (torch calls it HashStore).
+
+Owns: `MemoryStore`, a `Table` behind a condition variable. Every mutation wakes those who wait, and
+each of them looks for itself whether its command is possible now.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ __all__ = ["MemoryStore"]
 
 
 class MemoryStore(Store):
-    """A table behind a condition variable; waiting calls block in it."""
+    """One object that all thread ranks share."""
 
     def __init__(self, timeout: float = DEFAULT_TIMEOUT) -> None:
         super().__init__(timeout)
@@ -36,3 +40,6 @@ class MemoryStore(Store):
     def _gather(self, key: str, rank: int, size: int, value: bytes, timeout: float) -> list[bytes]:
         number = self._call("join", [key, rank, size, value], timeout)
         return list(self._call("collect", [key, number, rank], timeout))
+
+    def close(self) -> None:
+        """Nothing to give back: the store ends with its last reference."""

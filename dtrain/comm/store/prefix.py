@@ -1,4 +1,8 @@
-"""A store that is a part of another one: every key gets a prefix."""
+"""A store that is a part of another one: every key gets a prefix.
+
+Owns: `PrefixStore`. It gives every group a name space of its own inside the store of the job, so
+that two groups may use the same keys. Errors show the keys with their prefix.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,8 @@ __all__ = ["PrefixStore"]
 
 
 class PrefixStore(Store):
-    """`PrefixStore("a", store)` keeps `key` as "a/key" in `store`; it owns nothing, so `close` does nothing.
+    """`PrefixStore("a", store)` keeps `key` as "a/key" in `store`; it owns nothing, so `close` does
+    nothing.
 
     `num_keys` counts the keys of the whole underlying store, as in torch.
     """
@@ -32,3 +37,6 @@ class PrefixStore(Store):
 
     def _key(self, key: str) -> str:
         return f"{self.prefix}/{key}"
+
+    def close(self) -> None:
+        """Nothing to give back: the underlying store is its owner's."""

@@ -1,8 +1,9 @@
 """A store served over TCP by one rank (or by the launcher) to all others.
 
-Owns: `StoreServer`, one thread around a ROUTER socket and a `Table`; `TcpStore`, its client.
-Rules: 1. a command that has to wait is parked in the server until it can be answered or its time is over: nobody polls,
-and every command is one round trip. 2. Requests and replies are msgpack. 3. The server lives until it is closed.
+Owns: `StoreServer`, one thread around a ROUTER socket and a `Table`; `TcpStore`, its client. Rules:
+1. a command that has to wait is parked in the server until it can be answered or its time is over:
+nobody polls, and every command is one round trip. 2. Requests and replies are msgpack. 3. The
+server lives until it is closed.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ __all__ = ["StoreServer", "TcpStore"]
 
 _REQUEST, _RESULT, _ERROR = range(3)
 
-# A client gives the server this much longer than the command's own timeout to answer that it has passed.
+# A client gives the server this much longer than the command's own timeout to answer that it has
+# passed.
 _ANSWER_TIME = 2.0
 
 
@@ -52,7 +54,10 @@ class _Parked:
 
 
 class StoreServer:
-    """Serves a store on `host`:`port` (0 takes a free port; see `address`, `port`) until `close`."""
+    """Serves a store on `host`:`port` (0 takes a free port.
+
+    See `address`, `port`) until `close`.
+    """
 
     def __init__(self, host: str = "127.0.0.1", port: int = 0) -> None:
         self._context = security.context()
@@ -74,7 +79,10 @@ class StoreServer:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop serving; clients that wait see the connection break. Idempotent, waits for the thread."""
+        """Stop serving; clients that wait see the connection break.
+
+        Idempotent, waits for the thread.
+        """
         if self._closed or os.getpid() != self._owner:
             return
         self._closed = True
@@ -96,9 +104,9 @@ class StoreServer:
         self.close()
 
     def _serve(self) -> None:
-        sockets = [(self._socket, zmq.POLLIN), (self._stop_read, zmq.POLLIN)]
+        sockets: Any = [(self._socket, zmq.POLLIN), (self._stop_read, zmq.POLLIN)]
         while True:
-            ready = [s for s, _ in zmq.zmq_poll(sockets, self._patience())]
+            ready: list[Any] = [s for s, _ in zmq.zmq_poll(sockets, self._patience())]
             if self._stop_read in ready:
                 return
             if self._socket in ready:
@@ -174,8 +182,9 @@ def _as_store_error(error: Exception) -> DistStoreError:
 class TcpStore(Store):
     """A client of the store at `host`:`port`; with `is_master` it serves that store as well.
 
-    A master may give port 0 and read the real one from `port`. A client may start before its master: calls wait for it
-    up to their timeout. `close` of the master ends the store for everybody, so it closes last.
+    A master may give port 0 and read the real one from `port`. A client may start before its
+    master: calls wait for it up to their timeout. `close` of the master ends the store for
+    everybody, so it closes last.
     """
 
     def __init__(
@@ -230,7 +239,10 @@ class TcpStore(Store):
                 line.close()
 
     def close(self) -> None:
-        """Close the connections and, on the master, the server. Call it when no thread waits in this store."""
+        """Close the connections and, on the master, the server.
+
+        Call it when no thread waits in this store.
+        """
         with self._lock:
             if self._closed or os.getpid() != self._owner:
                 return

@@ -1,1 +1,4 @@
-"""How bytes get from rank to rank. `base.Transport` is the protocol, `base.create` makes one by name."""
+"""How bytes get from rank to rank.
+
+`base.Transport` is the protocol, `base.create` makes one by name.
+"""

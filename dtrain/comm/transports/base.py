@@ -1,10 +1,11 @@
 """What a transport does, how ranks meet to make one, and the registry of names.
 
-Owns: the `Transport` protocol and all of it that does not depend on the medium: receiving, waiting, counting.
-Rules: 1. messages between two ranks arrive in the order sent, per tag; nothing is ever dropped.
-2. `send` never waits for the receiver; `flush` waits until sent arrays may be changed again.
-3. Several threads may receive at once; sends to one peer are serialised inside the transport.
-4. A rank that dies is noticed by everyone who waits for it or talks to it (`PeerLost`); one that closes says goodbye.
+Owns: the `Transport` protocol and all of it that does not depend on the medium: receiving, waiting,
+counting. Rules: 1. messages between two ranks arrive in the order sent, per tag; nothing is ever
+dropped. 2. `send` never waits for the receiver; `flush` waits until sent arrays may be changed
+again. 3. Several threads may receive at once; sends to one peer are serialised inside the
+transport. 4. A rank that dies is noticed by everyone who waits for it or talks to it (`PeerLost`);
+one that closes says goodbye.
 """
 
 from __future__ import annotations
@@ -23,7 +24,17 @@ from dtrain.comm.transports.mailbox import ANY_SOURCE, Accept, Array, Mailbox, R
 from dtrain.errors import DistError, ForkedProcessError, PeerLost, TransportTimeout
 from dtrain.wire import dumps, loads
 
-__all__ = ["ANY_SOURCE", "Factory", "Peer", "Transport", "create", "known", "register", "rendezvous", "seconds_left"]
+__all__ = [
+    "ANY_SOURCE",
+    "Factory",
+    "Peer",
+    "Transport",
+    "create",
+    "known",
+    "register",
+    "rendezvous",
+    "seconds_left",
+]
 
 
 # How many forks lie between the first process and this one; cheaper to compare than the process id.
@@ -39,7 +50,9 @@ os.register_at_fork(after_in_child=_count_fork)
 
 
 def seconds_left(deadline: float) -> float:
-    """How long a wait may last until it looks again: until the deadline, and never beyond what a lock can wait."""
+    """How long a wait may last until it looks again: until the deadline, and never beyond what a
+    lock can wait.
+    """
     return max(0.0, min(deadline - time.monotonic(), 3600.0))
 
 
@@ -53,7 +66,10 @@ class Peer:
 
 
 def rendezvous(store: Store, rank: int, size: int, address: str, timeout: float) -> list[Peer]:
-    """Exchange addresses and host ids: one `gather`; every rank gets the same list, in rank order."""
+    """Exchange addresses and host ids: one `gather`.
+
+    Every rank gets the same list, in rank order.
+    """
     mine = dumps([host_id(), os.getpid(), address])
     values = store.gather("transport", rank, size, mine, timeout)
     return [Peer(*loads(value)) for value in values]
@@ -62,8 +78,9 @@ def rendezvous(store: Store, rank: int, size: int, address: str, timeout: float)
 class Transport(ABC):
     """Ordered, reliable messages between the ranks of one group.
 
-    `messages_sent` and `bytes_sent` count what `send` was asked to send (not chunks, not control messages).
-    `on_news(source, body)` is called for each body a peer passed to `tell`, in a thread that waits in this transport.
+    `messages_sent` and `bytes_sent` count what `send` was asked to send (not chunks, not control
+    messages). `on_news(source, body)` is called for each body a peer passed to `tell`, in a thread
+    that waits in this transport.
     """
 
     name = "?"
@@ -91,16 +108,27 @@ class Transport(ABC):
     def _advance(self, version: int, deadline: float) -> None:
         """Return when the mailbox is not at `version` any more, or at the deadline."""
 
+    @abstractmethod
     def _watch(self, src: int) -> None:
         """Make sure that the death of `src` (or of anybody) will be noticed while waiting."""
 
     @abstractmethod
+    def _wake(self) -> None:
+        """Interrupt a thread that is blocked in the medium itself."""
+
+    @abstractmethod
     def flush(self, deadline: float) -> None:
-        """Wait until every array given to `send` may be changed; raises `PeerLost`, `TransportTimeout`."""
+        """Wait until every array given to `send` may be changed.
+
+        Raises `PeerLost`, `TransportTimeout`.
+        """
 
     @abstractmethod
     def close(self, timeout: float = 1.0) -> None:
-        """Say goodbye and give everything back; what was sent still arrives. Idempotent, bounded by `timeout`."""
+        """Say goodbye and give everything back; what was sent still arrives.
+
+        Idempotent, bounded by `timeout`.
+        """
 
     @abstractmethod
     def abandon(self) -> None:
@@ -109,9 +137,11 @@ class Transport(ABC):
     # ---- the same for all
 
     def send(self, dst: int, tag: int, buf: Array, note: bytes = b"") -> None:
-        """Send the C-contiguous `buf` (zero bytes are a message too); `note` travels with its first frame.
+        """Send the C-contiguous `buf` (zero bytes are a message too); `note` travels with its first
+        frame.
 
-        Does not wait. `buf` must not change before `flush`. Raises `PeerLost` if `dst` is known to be gone.
+        Does not wait. `buf` must not change before `flush`. Raises `PeerLost` if `dst` is known to
+        be gone.
         """
         self.check_usable()
         self._check_peer(dst)
@@ -134,8 +164,8 @@ class Transport(ABC):
     def wait(self, receive: Receive, deadline: float) -> int:
         """Wait for a posted receive; returns the rank it came from.
 
-        `deadline` is in `time.monotonic()` seconds. Raises `TransportTimeout` (the receive stays posted), `PeerLost`,
-        or whatever made the receive fail.
+        `deadline` is in `time.monotonic()` seconds. Raises `TransportTimeout` (the receive stays
+        posted), `PeerLost`, or whatever made the receive fail.
         """
         if not receive.done:
             self._watch(receive.src)
@@ -178,9 +208,6 @@ class Transport(ABC):
         self.mailbox.fail(error)
         self._wake()
 
-    def _wake(self) -> None:
-        """Interrupt a thread that is blocked in the medium itself."""
-
     def shared(self, nbytes: int) -> Any:
         """A window of memory that all ranks see, or None where the medium has none."""
         return None
@@ -220,7 +247,10 @@ def known() -> list[str]:
 
 
 def create(name: str, store: Store, rank: int, size: int, timeout: float) -> Transport:
-    """Make this rank's end of transport `name`; waits up to `timeout` seconds for all `size` ranks."""
+    """Make this rank's end of transport `name`.
+
+    Waits up to `timeout` seconds for all `size` ranks.
+    """
     if name not in _factories:
         raise ValueError(f"unknown transport {name!r} (known: {', '.join(known())})")
     factory = _factories[name]

@@ -1,7 +1,7 @@
 """Ranks as threads of one process: a message is written straight into the mailbox of its receiver.
 
-Owns: the table of the endpoints that live in this process. A real transport with the rules of all the others (deaths,
-goodbyes, counting); most tests run on it.
+Owns: the table of the endpoints that live in this process. A real transport with the rules of all
+the others (deaths, goodbyes, counting); most tests run on it.
 """
 
 from __future__ import annotations
@@ -57,6 +57,12 @@ class LocalTransport(Transport):
         with box.lock:
             if box.version == version:
                 box.changed.wait(seconds_left(deadline))
+
+    def _watch(self, src: int) -> None:
+        """Nothing to do: a peer that leaves says so to every mailbox."""
+
+    def _wake(self) -> None:
+        """Nothing to do: everybody waits in the mailbox."""
 
     def flush(self, deadline: float) -> None:
         """Nothing to wait for: `send` has already copied."""

@@ -1,10 +1,10 @@
 """Where the messages of one rank meet the receives that wait for them.
 
-Owns: matching by (source, tag), in order of arrival and of posting; what happens to receives when a peer or the whole
-transport fails. Used by every transport, knows none of them.
-Rules: 1. everything changes under `lock`; what somebody may wait for moves `version` on and notifies `changed`.
-2. A receive that is posted before its message comes is written straight into its destination.
-3. Messages that have arrived can be received even after their sender is gone.
+Owns: matching by (source, tag), in order of arrival and of posting; what happens to receives when a
+peer or the whole transport fails. Used by every transport, knows none of them. Rules: 1. everything
+changes under `lock`; what somebody may wait for moves `version` on and notifies `changed`. 2. A
+receive that is posted before its message comes is written straight into its destination. 3.
+Messages that have arrived can be received even after their sender is gone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dtrain.errors import DistBackendError, DistError, PeerLost
+from dtrain.errors import DistError, PeerLost, WrongSize
 
 __all__ = ["ANY_SOURCE", "Accept", "Array", "Incoming", "Mailbox", "Receive", "as_bytes"]
 
@@ -56,9 +56,7 @@ class Receive:
         if self.accept is not None:
             self.accept(source, note, nbytes)
         if nbytes != self.out.nbytes:
-            raise DistBackendError(
-                f"rank {source} sent {nbytes} bytes where {self.out.nbytes} are expected"
-            )
+            raise WrongSize(source, nbytes, self.out.nbytes)
 
 
 class Incoming:
@@ -171,7 +169,8 @@ class Mailbox:
     def begin(
         self, src: int, tag: int, note: bytes, nbytes: int, chunk: Any = None, *, owned: bool = True
     ) -> None:
-        """A message of `nbytes` arrives from `src`, with its first `chunk`; the others follow by `write`.
+        """A message of `nbytes` arrives from `src`, with its first `chunk`; the others follow by
+        `write`.
 
         A chunk that has to wait for its receive is kept by reference if it is `owned`, else copied.
         """
@@ -240,7 +239,10 @@ class Mailbox:
             self._moved()
 
     def fail(self, error: BaseException) -> None:
-        """Every receive, now and later, fails with `error`; nothing is written to their arrays any more."""
+        """Every receive, now and later, fails with `error`.
+
+        Nothing is written to their arrays any more.
+        """
         with self.lock:
             self.failure = error
             for incoming in self._arriving.values():

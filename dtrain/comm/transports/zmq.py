@@ -1,17 +1,20 @@
 """Ranks as processes (or threads): messages over unix sockets on one host, or over TCP on loopback.
 
-Owns: two sockets per rank. `inbox` (DEALER, bound) takes what everybody sends; `outbox` (ROUTER, connecting) has one
-connection per peer, made when the peer is first talked to or waited for. Its monitor sees connections break.
-A message is [header + note | first chunk] and, if longer than a chunk, further [header | chunk] messages.
+Owns: two sockets per rank. `inbox` (DEALER, bound) takes what everybody sends; `outbox` (ROUTER,
+connecting) has one connection per peer, made when the peer is first talked to or waited for. Its
+monitor sees connections break. A message is [header + note | first chunk] and, if longer than a
+chunk, further [header | chunk] messages.
 
-[Note: how a death is told from a goodbye] A rank that closes sends GOODBYE behind everything else to every peer, waits
-until that is written, and only then closes its inbox. Everybody who waits for a rank holds a connection to its inbox. So
-a connection that breaks, or is refused, means: the goodbye is here, or will be read within `GRACE` (both are in this
-host's kernel), or there is none, and the peer has died.
+[Note: how a death is told from a goodbye] A rank that closes sends GOODBYE behind everything else
+to every peer, waits until that is written, and only then closes its inbox. Everybody who waits for
+a rank holds a connection to its inbox. So a connection that breaks, or is refused, means: the
+goodbye is here, or will be read within `GRACE` (both are in this host's kernel), or there is none,
+and the peer has died.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import math
@@ -33,8 +36,8 @@ from dtrain.wire import CHUNK, Header, WireError, pack, unpack
 
 __all__ = ["ZmqTransport"]
 
-# Kinds of messages. INLINE carries note and payload behind its header, DATA and MORE in a second frame; STRANGE is no
-# message of ours.
+# Kinds of messages. INLINE carries note and payload behind its header, DATA and MORE in a second
+# frame; STRANGE is no message of ours.
 INLINE, DATA, MORE, NEWS, GOODBYE, WAKE, STRANGE = range(7)
 
 GRACE = 0.2
@@ -63,8 +66,9 @@ class _Unreachable(Exception):
 class ZmqTransport(Transport):
     """One rank's end of a group over ZeroMQ.
 
-    `where` is "ipc" (unix sockets, the default) or "tcp://127.0.0.1". Sending is zero-copy for arrays of 64 KiB and
-    more; receiving copies once, from the socket's frame to where the array belongs.
+    `where` is "ipc" (unix sockets, the default) or "tcp://127.0.0.1". Sending is zero-copy for
+    arrays of 64 KiB and more; receiving copies once, from the socket's frame to where the array
+    belongs.
     """
 
     name = "zmq"
@@ -97,16 +101,20 @@ class ZmqTransport(Transport):
         self._connected: set[int] = set()
         self._out_lock = threading.Lock()  # guards the outbox and `_connected`
         self._in_flight: deque[tuple[int, zmq.MessageTracker]] = deque()  # (destination, tracker)
-        self._pumping = False  # whether a thread is inside the inbox; changes under the mailbox's lock
+        self._pumping = (
+            False  # whether a thread is inside the inbox; changes under the mailbox's lock
+        )
         self._greeted: set[int] = set()  # peers with whom the connection's handshake is done
-        self._suspects: dict[int, float] = {}  # {peer whose connection broke: when that means death}
+        self._suspects: dict[
+            int, float
+        ] = {}  # {peer whose connection broke: when that means death}
 
     def _check_reachable(self) -> None:
         far = [r for r, peer in enumerate(self._peers) if peer.host != host_id()]
         if far:
             raise DistNetworkError(
-                f"ranks {far} are on other hosts than rank {self.rank}: transport 'zmq' connects the"
-                " ranks of one host"
+                f"ranks {far} are on other hosts than rank {self.rank}: transport 'zmq' connects"
+                " the ranks of one host"
             )
 
     # ---- sending
@@ -133,7 +141,7 @@ class ZmqTransport(Transport):
                 else:
                     frame = zmq.Frame(chunk, track=True, copy=False, copy_threshold=0)
                     self._outbox.send(frame, copy=False)
-                    self._in_flight.append((dst, frame.tracker))  # type: ignore[arg-type]
+                    self._in_flight.append((dst, frame.tracker))
 
     def _tell(self, dst: int, body: bytes) -> None:
         try:
@@ -165,7 +173,7 @@ class ZmqTransport(Transport):
             self._connected.add(peer)
 
     def _loss_of(self, peer: int) -> PeerLost:
-        """Wait until it is known whether `peer`, whose connection has broken, died or said goodbye."""
+        """Wait until it is known whether `peer`, whose connection broke, died or said goodbye."""
         self._suspects.setdefault(peer, time.monotonic() + GRACE)
         self.wait_until(lambda: peer in self.mailbox.lost, time.monotonic() + 5 * GRACE)
         loss = self.mailbox.lost.get(peer, PeerLost(peer))
@@ -211,7 +219,9 @@ class ZmqTransport(Transport):
                     self._connect(peer)
 
     def _advance(self, version: int, deadline: float) -> None:
-        """One of the waiting threads looks into the inbox, the others wait for it to hand on that duty."""
+        """One of the waiting threads looks into the inbox, the others wait for it to hand on that
+        duty.
+        """
         box = self.mailbox
         with box.lock:
             if box.version != version:
@@ -329,10 +339,8 @@ class ZmqTransport(Transport):
     def _say_goodbye(self, peer: int) -> None:
         if peer == self.rank or peer in self.mailbox.lost:
             return
-        try:
+        with contextlib.suppress(_Unreachable):  # gone already: nobody is left to be told
             self._emit(peer, pack(Header(GOODBYE, self.rank, job=self._job)))
-        except _Unreachable:
-            pass  # it is gone already: nobody is left who would want to know
 
     def _destroy(self, linger: float) -> None:
         self._out_context.destroy(linger=round(linger * 1000))
