@@ -35,12 +35,18 @@ def numpy_dtype(dtype: dtypes.dtype | None) -> np.dtype[Any]:
     return (dtype or dtypes.get_default_dtype()).numpy
 
 
-def _infer(data: Any) -> Array:
-    """An array of the dtype torch gives Python data: int64, the default floating one, bool."""
+def _infer(data: Any, dtype: dtypes.dtype | None = None) -> Array:
+    """An array of the dtype torch gives Python data: int64, the default floating one, bool.
+
+    Numbers that are meant for `dtype` stay as exact as NumPy reads them.
+    """
     if isinstance(data, (list, tuple)) and any(isinstance(v, Value) for v in data):
-        return stack([v if isinstance(v, Value) else make(_infer(v)) for v in data])._data  # type: ignore[no-any-return]
+        parts = [v if isinstance(v, Value) else make(_infer(v, dtype)) for v in data]
+        return stack(parts)._data  # type: ignore[no-any-return]
     array = np.asarray(data)
     if isinstance(data, (np.ndarray, np.generic)):
+        return array
+    if dtype is not None and array.dtype.kind in "biufc":
         return array
     if array.dtype == np.float64:
         return array.astype(numpy_dtype(None))
@@ -62,7 +68,7 @@ def _array_from(data: Any, dtype: dtypes.dtype | None) -> Array:
         array = data._data
     else:
         try:
-            array = _infer(data)
+            array = _infer(data, dtype)
         except ValueError as error:
             raise ValueError(
                 f"expected sequences of equal length at each dimension: {error}"
