@@ -26,7 +26,8 @@ COMPUTE = (
     ("tensor",),
     ("methods",),
     ("flat",),
-    ("nn", "optim", "utils", "serialization"),
+    ("nn", "optim", "utils"),
+    ("serialization",),
 )
 COMM = (
     ("comm.store", "comm.transports", "comm.security", "comm.topology", "comm.work"),
@@ -37,7 +38,7 @@ COMM = (
 )
 ABOVE = (
     ("distributed",),
-    ("nn.parallel", "utils.data.distributed", "inductor"),
+    ("nn.parallel", "inductor"),
     ("testing",),
     ("",),  # dtrain itself: the public names
 )
