@@ -98,8 +98,8 @@ class ForkedProcessError(DistError):
     def __init__(self, what: str, owner: int) -> None:
         super().__init__(
             f"{what} was opened by process {owner} and cannot be used in its forked child:"
-            " sockets and threads do not survive a fork. Start the child with the 'spawn' method, or open a new"
-            " one in the child.",
+            " sockets and threads do not survive a fork. Start the child with the 'spawn' method,"
+            " or open a new one in the child.",
             what=what,
             owner=owner,
         )

@@ -48,6 +48,12 @@ _INLINE_BELOW = 8 * 1024
 # pyzmq copies shorter frames faster than it can hand over a reference.
 _COPY_BELOW = 64 * 1024
 
+# How often a close looks whether its goodbyes are written, and what it then gives the kernel to
+# take the last of them. (A linger alone would take its whole time whenever a connection breaks
+# meanwhile.)
+_CLOSE_LOOK = 0.002
+_LAST_WRITE = 0.02
+
 # How often a flush that has to wait looks whether the peer is still there.
 _FLUSH_LOOK = 0.05
 
@@ -55,7 +61,6 @@ _log = logging.getLogger("dtrain.comm")
 
 # Plain numbers: operations on pyzmq's enums cost microseconds.
 _IN, _MORE, _NOW = int(zmq.POLLIN), int(zmq.SNDMORE), int(zmq.DONTWAIT)
-_GREETED = zmq.EVENT_HANDSHAKE_SUCCEEDED
 _BROKEN = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 
 
@@ -78,7 +83,7 @@ class ZmqTransport(Transport):
     ) -> None:
         super().__init__(rank, size)
         self._listener: security.Listener | None = None
-        # Two contexts, because only the end of a context tells that all it had to send is written.
+        # Two contexts, because they end at different times: first all is sent, then the inbox goes.
         self._in_context, self._out_context = security.context(), security.context()
         try:
             self._open(store, where, timeout)
@@ -90,7 +95,7 @@ class ZmqTransport(Transport):
         self._inbox = security.open_socket(self._in_context, zmq.DEALER)
         self._listener = security.listen(self._inbox, where)
         self._outbox = security.open_socket(self._out_context, zmq.ROUTER)
-        self._monitor = self._outbox.get_monitor_socket(_BROKEN | _GREETED)
+        self._monitor = self._outbox.get_monitor_socket(_BROKEN)
         self._polled = [(self._inbox, _IN), (self._monitor, _IN)]
         self._peers = rendezvous(store, self.rank, self.size, self._listener.address, timeout)
         self._check_reachable()
@@ -104,7 +109,6 @@ class ZmqTransport(Transport):
         self._pumping = (
             False  # whether a thread is inside the inbox; changes under the mailbox's lock
         )
-        self._greeted: set[int] = set()  # peers with whom the connection's handshake is done
         self._suspects: dict[
             int, float
         ] = {}  # {peer whose connection broke: when that means death}
@@ -149,11 +153,11 @@ class ZmqTransport(Transport):
         except _Unreachable:
             raise self._loss_of(dst) from None
 
-    def _emit(self, dst: int, frame: bytes) -> None:
+    def _emit(self, dst: int, frame: bytes | zmq.Frame) -> None:
         with self._out_lock:
             self._push(dst, frame, 0)
 
-    def _push(self, dst: int, frame: bytes, flags: int) -> None:
+    def _push(self, dst: int, frame: bytes | zmq.Frame, flags: int) -> None:
         """Begin a message to `dst`; with `_out_lock` held."""
         if dst in self.mailbox.lost:
             raise self.mailbox.lost[dst].copy()
@@ -164,7 +168,7 @@ class ZmqTransport(Transport):
             if error.errno != zmq.EHOSTUNREACH:
                 raise
             raise _Unreachable from None
-        self._outbox.send(frame, flags)
+        self._outbox.send(frame, flags, copy=type(frame) is bytes)
 
     def _connect(self, peer: int) -> None:
         if peer not in self._connected:
@@ -247,7 +251,7 @@ class ZmqTransport(Transport):
         elif ready[0][0] is self._inbox:
             self._receive()
         else:  # only when the inbox is empty: a goodbye comes first
-            self._note_event()
+            self._note_break()
 
     def _receive(self) -> None:
         """Take one message out of the inbox."""
@@ -282,12 +286,10 @@ class ZmqTransport(Transport):
         else:
             self.mailbox.touch()
 
-    def _note_event(self) -> None:
+    def _note_break(self) -> None:
         event = parse_monitor_message(self._monitor.recv_multipart(_NOW))
         peer = self._rank_at[event["endpoint"].decode()]
-        if event["event"] == _GREETED:
-            self._greeted.add(peer)
-        elif peer not in self.mailbox.lost:
+        if peer not in self.mailbox.lost:
             self._suspects.setdefault(peer, time.monotonic() + GRACE)
 
     def _judge(self) -> None:
@@ -308,19 +310,13 @@ class ZmqTransport(Transport):
         if not self._leave():
             return
         deadline = time.monotonic() + timeout
-        for peer in range(self.size):
-            self._say_goodbye(peer)
-        # A ROUTER that closes in the middle of a handshake forgets what it has to send.
-        while not self._all_greeted() and time.monotonic() < deadline:
-            self._pump(deadline)
-        self._destroy(max(0.0, deadline - time.monotonic()))
+        said = {peer: self._say_goodbye(peer) for peer in range(self.size) if peer != self.rank}
+        while self._unwritten(said) and time.monotonic() < deadline:
+            self._pump(time.monotonic() + _CLOSE_LOOK)
+        self._destroy(_LAST_WRITE)
         for peer, loss in self.mailbox.lost.items():
             if not loss.orderly:
                 security.remove_leftover(self._peers[peer].address)
-
-    def _all_greeted(self) -> bool:
-        open_to = self._connected - {self.rank} - self.mailbox.lost.keys() - self._suspects.keys()
-        return open_to <= self._greeted
 
     def abandon(self) -> None:
         if self._leave():
@@ -336,11 +332,24 @@ class ZmqTransport(Transport):
             self.mailbox.changed.wait_for(lambda: not self._pumping, 1.0)
         return True
 
-    def _say_goodbye(self, peer: int) -> None:
-        if peer == self.rank or peer in self.mailbox.lost:
-            return
-        with contextlib.suppress(_Unreachable):  # gone already: nobody is left to be told
-            self._emit(peer, pack(Header(GOODBYE, self.rank, job=self._job)))
+    def _unwritten(self, said: dict[int, zmq.MessageTracker | None]) -> bool:
+        """Whether a goodbye is on its way to a peer that is still there."""
+        gone = self.mailbox.lost.keys() | self._suspects.keys()
+        return any(t is not None and not t.done and peer not in gone for peer, t in said.items())
+
+    def _say_goodbye(self, peer: int) -> zmq.MessageTracker | None:
+        """The tracker of a goodbye, done when it is written; None if nobody is there."""
+        frame = zmq.Frame(
+            pack(Header(GOODBYE, self.rank, job=self._job)),
+            track=True,
+            copy=False,
+            copy_threshold=0,
+        )
+        # Unreachable or lost: gone already, nobody is left to be told.
+        with contextlib.suppress(_Unreachable, PeerLost):
+            self._emit(peer, frame)
+            return frame.tracker
+        return None
 
     def _destroy(self, linger: float) -> None:
         self._out_context.destroy(linger=round(linger * 1000))
