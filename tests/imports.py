@@ -23,16 +23,17 @@ COMPUTE = (
     ("autograd",),
     ("ops",),
     ("printing",),
+    ("interop",),
     ("tensor",),
-    ("methods",),
+    ("methods", "legacy"),
     ("flat",),
     ("nn", "optim", "utils"),
     ("serialization",),
 )
 COMM = (
-    ("comm.store", "comm.transports", "comm.security", "comm.topology", "comm.work"),
+    ("comm.store", "comm.transports", "comm.security", "comm.topology", "comm.work", "comm.record"),
     ("comm.channel", "comm.collectives", "comm.algorithms", "comm.reduce"),
-    ("comm.agreement", "comm.point_to_point", "comm.record"),
+    ("comm.agreement", "comm.point_to_point"),
     ("comm.group",),
     ("comm",),
 )

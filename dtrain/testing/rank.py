@@ -30,31 +30,48 @@ def main() -> None:
     report_to = os.dup(1)
     os.dup2(2, 1)
     faulthandler.dump_traceback_later(task["timeout"], exit=True)
-    try:
-        report = [_run(task), None, "", 0]
-    except BaseException as error:
-        form = to_wire(error) if isinstance(error, DistError) else None
-        report = [None, form, traceback.format_exc(), time.monotonic_ns()]
+    report = _run(task)
     faulthandler.cancel_dump_traceback_later()
     with os.fdopen(report_to, "wb") as out:
         out.write(dumps(report))
 
 
-def _run(task: dict[str, Any]) -> Any:
-    sys.path[:] = task["path"]
-    function = _find(task["module"], task["file"], task["function"])
-    with (
-        TcpStore("127.0.0.1", task["port"], timeout=task["timeout"]) as store,
-        ProcessGroup(
-            store,
-            task["rank"],
-            task["size"],
-            transport=task["transport"],
-            timeout=task["timeout"],
-            name=task["name"],
-        ) as group,
-    ):
-        return function(group, *task["args"])
+def _run(task: dict[str, Any]) -> list[Any]:
+    """[value, error, traceback, time of the failure].
+
+    A failure is dated before others hear of it.
+    """
+    try:
+        sys.path[:] = task["path"]
+        function = _find(task["module"], task["file"], task["function"])
+        with TcpStore("127.0.0.1", task["port"], timeout=task["timeout"]) as store:
+            group = _join(store, task)
+            try:
+                return [function(group, *task["args"]), None, "", 0]
+            except BaseException as error:
+                report = _failure(error)
+                group.abort(error)
+                return report
+            finally:
+                group.close()
+    except BaseException as error:
+        return _failure(error)
+
+
+def _failure(error: BaseException) -> list[Any]:
+    form = to_wire(error) if isinstance(error, DistError) else None
+    return [None, form, traceback.format_exc(), time.monotonic_ns()]
+
+
+def _join(store: TcpStore, task: dict[str, Any]) -> ProcessGroup:
+    return ProcessGroup(
+        store,
+        task["rank"],
+        task["size"],
+        transport=task["transport"],
+        timeout=task["timeout"],
+        name=task["name"],
+    )
 
 
 def _find(module: str, file: str | None, name: str) -> Any:
