@@ -43,8 +43,9 @@ def assign(parameters: Sequence[Any], cap: int | None) -> list[list[int]]:
 class Bucket:
     """Gradients of some parameters in one flat array, with a flag for each that took part.
 
-    `views[i]` is the gradient of `members[i]`. The flags travel behind the gradients: after the
-    reduction a flag above 0 says that some rank used the parameter.
+    `views[i]` is the gradient of `members[i]`. `flags[i]` says that its parameter was used since
+    the last reduction, without one too (no_sync). The flags travel behind the gradients: after the
+    reduction, above 0 means that some rank used it.
     """
 
     def __init__(self, index: int, members: Sequence[int], parameters: Sequence[Any],
@@ -58,44 +59,44 @@ class Bucket:
         )
         *views, self.flags = self.buffer.views
         self.views = [make(view) for view in views]
+        self.flags[...] = 0
         self.start()
 
     def start(self) -> None:
-        """Begin a backward pass: nothing is here yet."""
+        """Begin a backward pass that reduces: nothing of it is here yet."""
         self.pending = len(self.members)
-        self.flags[...] = 0
 
     def add(self, place: int, parameter: Any) -> None:
-        """The gradient of member `place` is complete: make it live here."""
-        self.adopt(place, parameter)
-        self.flags[place] = 1
+        """The gradient of member `place` is complete for this pass."""
+        self.keep(place, parameter)
         self.pending -= 1
 
-    def adopt(self, place: int, parameter: Any) -> None:
-        """Move the gradient into the bucket, unless it lives here already."""
+    def keep(self, place: int, parameter: Any) -> None:
+        """Make a gradient live here and count its parameter as used until the next reduction."""
+        self._adopt(place, parameter)
+        self.flags[place] = 1
+
+    def _adopt(self, place: int, parameter: Any) -> None:
         view = self.views[place]
         if parameter._grad is not view:
             np.copyto(view._data, parameter._grad._data)
             parameter._grad = view
 
-    def absent(self) -> list[int]:
-        """Places whose parameter took no part in this pass."""
-        return [i for i, flag in enumerate(self.flags) if not flag]
+    def fill_unused(self, parameters: Sequence[Any]) -> dict[int, np.ndarray | None]:
+        """Contribute nothing for parameters not used here; returns what they had, to be put back.
 
-    def fill_absent(self, parameters: Sequence[Any]) -> dict[int, np.ndarray | None]:
-        """Contribute nothing for absent parameters; returns what they had, to be put back.
-
-        A parameter nobody used keeps the gradient it had before the pass. One that others used
-        gets theirs, on top of what it had.
+        A parameter nobody used keeps the gradient it had before. One that others used gets theirs,
+        on top of what it had.
         """
         kept: dict[int, np.ndarray | None] = {}
-        for place in self.absent():
-            parameter, view = parameters[self.members[place]], self.views[place]
-            if parameter._grad is None:
+        for place, member in enumerate(self.members):
+            parameter, view = parameters[member], self.views[place]
+            if parameter._grad is None:  # also when it was used and then set to None
+                self.flags[place] = 0
                 view._data[...] = 0
                 kept[place] = None
-            else:
-                self.adopt(place, parameter)
+            elif self.flags[place] == 0:
+                self._adopt(place, parameter)
                 kept[place] = view._data.copy()
         return kept
 
@@ -109,3 +110,4 @@ class Bucket:
                 view._data[...] = before
         for view in self.views:
             view._bump_version()
+        self.flags[...] = 0

@@ -53,12 +53,15 @@ class Reducer:
         A pass that an exception cut short leaves nothing behind.
         """
         self.sync = sync
-        self._running = False
+        if self._running:
+            self._running = False
+            for bucket in self.buckets:
+                bucket.flags[...] = 0
 
     def _ready(self, bucket: Bucket, place: int, parameter: Any) -> None:
         """The hook of every parameter: its gradient of this pass is complete."""
         if not self.sync:
-            bucket.adopt(place, parameter)
+            bucket.keep(place, parameter)
             return
         if not self._running:
             self._start()
@@ -84,7 +87,7 @@ class Reducer:
     def _finish(self) -> None:
         """The end of the pass: submit what is left, wait for all, in order."""
         for bucket in self.buckets[self._next :]:
-            self._submit(bucket, bucket.fill_absent(self.parameters))
+            self._submit(bucket, bucket.fill_unused(self.parameters))
         self._running = False
         for bucket, (work, kept) in zip(self.buckets, self._works, strict=True):
             work.wait()

@@ -130,6 +130,25 @@ def test_no_sync_accumulates():
     run_distributed(2, check_no_sync)
 
 
+def check_used_only_without_sync():
+    """A parameter used under no_sync alone is reduced with the next pass that does."""
+    rank = dist.get_rank()
+    model = DDP(nn.ModuleDict({"a": nn.Linear(1, 1, bias=False), "b": nn.Linear(1, 1, bias=False)}))
+    a, b = model.module["a"], model.module["b"]
+    x = torch.tensor([[rank + 1.0]])
+    with model.no_sync():
+        model.reducer.prepare(sync=False)  # what DDP.forward does; the layers are called one by one
+        a(x).sum().backward()
+    assert a.weight.grad.item() == rank + 1
+    model.reducer.prepare(sync=True)
+    b(x).sum().backward()
+    assert a.weight.grad.item() == b.weight.grad.item() == 1.5
+
+
+def test_gradients_of_no_sync_are_not_forgotten():
+    run_distributed(2, check_used_only_without_sync)
+
+
 def check_unused():
     """Rank 0 uses only `a`, rank 1 only `b`, nobody `c`: no flag needed, c keeps its gradient."""
     rank = dist.get_rank()
