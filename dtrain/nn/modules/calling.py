@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import CodeType
 from typing import Any
 
@@ -212,13 +212,14 @@ class _Passage(Function):
     """An identity on tensors whose backward hands the gradients to `ctx.seen`."""
 
     @staticmethod
-    def forward(ctx: Any, seen: Any, *tensors: Any) -> Any:
+    def forward(ctx: Any, seen: Any, materialize: bool, *tensors: Any) -> Any:
         ctx.seen = seen
+        ctx.set_materialize_grads(materialize)
         return tensors
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return None, *ctx.seen(grads)
+        return None, None, *ctx.seen(grads)
 
 
 class _BackwardHooks:
@@ -228,13 +229,13 @@ class _BackwardHooks:
         self.module, self.pre_hooks, self.hooks = module, pre_hooks, hooks
         self.inputs = 0  # how many positional arguments there are
         self.input_places: list[int] = []  # which of them take part in the graph
-        self.output_places: list[int] = []
         self.outputs = 0
+        self.output_places: list[int] = []
         self.grad_outputs: tuple[Any, ...] | None = None
 
     def watch_inputs(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         self.inputs = len(args)
-        args, self.input_places = _pass_through(args, self._inputs_known)
+        args, self.input_places = _pass_through(args, self._inputs_known, True)
         return args
 
     def watch_outputs(self, result: Any) -> Any:
@@ -246,8 +247,8 @@ class _BackwardHooks:
             )
             return result
         outputs = result if isinstance(result, tuple) else (result,)
+        watched, self.output_places = _pass_through(outputs, self._outputs_known, False)
         self.outputs = len(outputs)
-        watched, self.output_places = _pass_through(outputs, self._outputs_known)
         return watched if isinstance(result, tuple) else watched[0]
 
     def _outputs_known(self, grads: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -286,13 +287,19 @@ def _backward_hooks(module: Any) -> _BackwardHooks | None:
     return _BackwardHooks(module, pre, after) if pre or after else None
 
 
-def _pass_through(values: tuple[Any, ...], seen: Any) -> tuple[tuple[Any, ...], list[int]]:
-    """The values with those that require grad sent through a `_Passage`, and their places."""
+def _pass_through(
+    values: tuple[Any, ...], seen: Any, materialize: bool
+) -> tuple[tuple[Any, ...], list[int]]:
+    """The values with those that require grad sent through a `_Passage`, and their places.
+
+    `materialize`: what was not used has a gradient of zeros instead of none.
+    """
     places = [i for i, v in enumerate(values) if isinstance(v, Tensor) and v._requires_grad]
     if not places or not grad_enabled.get():
         return values, []
     passed = list(values)
-    for i, tensor in zip(places, _Passage.apply(seen, *(values[i] for i in places)), strict=True):
+    watched = _Passage.apply(seen, materialize, *(values[i] for i in places))
+    for i, tensor in zip(places, watched, strict=True):
         # Changing it in place would change what the module has saved: one version for both, and
         # refused as it is for every view among several.
         tensor._share(values[i])
@@ -301,7 +308,7 @@ def _pass_through(values: tuple[Any, ...], seen: Any) -> tuple[tuple[Any, ...], 
     return tuple(passed), places
 
 
-def _spread(grads: tuple[Any, ...], places: list[int], total: int) -> tuple[Any, ...]:
+def _spread(grads: Sequence[Any], places: list[int], total: int) -> tuple[Any, ...]:
     by_place = dict(zip(places, grads, strict=True))
     return tuple(by_place.get(i) for i in range(total))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -242,7 +242,7 @@ class ModuleDict(Module):
 
     def update(self, modules: Any) -> None:
         """Add the children of a mapping, or of an iterable of (name, module)."""
-        for key, module in _pairs(modules, "ModuleDict.update"):
+        for key, module in _pairs(modules, "ModuleDict"):
             self[key] = module
 
 
@@ -252,21 +252,19 @@ def _pairs(values: Any, who: str) -> list[tuple[str, Any]]:
         return list(values.items())
     if not isinstance(values, Iterable):
         raise TypeError(
-            f"{who} should be called with an iterable of key/value pairs, but got "
+            f"{who}.update should be called with an iterable of key/value pairs, but got "
             + type(values).__name__
         )
     pairs = []
     for i, pair in enumerate(values):
         if not isinstance(pair, Iterable):
             raise TypeError(
-                f"{who.partition('.')[0]} update sequence element #{i} should be Iterable; is "
-                + type(pair).__name__
+                f"{who} update sequence element #{i} should be Iterable; is " + type(pair).__name__
             )
         pair = tuple(pair)
         if len(pair) != 2:
             raise ValueError(
-                f"{who.partition('.')[0]} update sequence element #{i} has length {len(pair)}; "
-                "2 is required"
+                f"{who} update sequence element #{i} has length {len(pair)}; 2 is required"
             )
         pairs.append(pair)
     return pairs
@@ -278,12 +276,13 @@ def _as_parameter(value: Any) -> Any:
     return Parameter(value) if plain else value
 
 
-def _line(key: Any, value: Any) -> str:
+def _line(key: Any, value: Any, element: Callable[[Tensor], Any]) -> str:
+    """How a held value is printed; `element` says what a tensor is made of."""
     if not isinstance(value, Tensor):
         return f"  ({key}): Object of type: {type_name(value)}"
     kind = "Parameter" if isinstance(value, Parameter) else "Tensor"
     size = "x".join(str(n) for n in value.shape)
-    return f"  ({key}): {kind} containing: [{value.dtype} of size {size}]"
+    return f"  ({key}): {kind} containing: [{element(value)} of size {size}]"
 
 
 class ParameterList(Module):
@@ -336,7 +335,7 @@ class ParameterList(Module):
         return self
 
     def extra_repr(self) -> str:
-        return "\n".join(_line(i, value) for i, value in enumerate(self))
+        return "\n".join(_line(i, value, lambda t: t.dtype) for i, value in enumerate(self))
 
 
 class ParameterDict(Module):
@@ -352,8 +351,6 @@ class ParameterDict(Module):
             self.update(parameters)
 
     def __getitem__(self, key: str) -> Any:
-        if key not in self._keys:
-            raise KeyError(key)
         return getattr(self, key)
 
     def __setitem__(self, key: str, value: Any) -> None:
@@ -412,9 +409,15 @@ class ParameterDict(Module):
         return (self[key] for key in self._keys)
 
     def update(self, parameters: Any) -> None:
-        """Add the values of a mapping, or of an iterable of (name, value)."""
-        for key, value in _pairs(parameters, "ParametersDict.update"):
+        """Add the values of a mapping, or of an iterable of (name, value).
+
+        A mapping is taken in the order of its keys unless it is an OrderedDict, as in torch.
+        """
+        pairs = _pairs(parameters, "ParameterDict")
+        if isinstance(parameters, Mapping) and not isinstance(parameters, OrderedDict):
+            pairs.sort(key=operator.itemgetter(0))
+        for key, value in pairs:
             self[key] = value
 
     def extra_repr(self) -> str:
-        return "\n".join(_line(key, value) for key, value in self.items())
+        return "\n".join(_line(key, value, type_name) for key, value in self.items())

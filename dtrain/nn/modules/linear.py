@@ -1,4 +1,4 @@
-"""Modules that multiply by a matrix: Linear, Bilinear, and Identity, which does nothing.
+"""Linear, which multiplies by a matrix, and Identity, which does nothing.
 
 Weights start uniform on +-1/sqrt(in_features), as in torch. Source: torch.nn.modules.linear.
 """
