@@ -61,6 +61,18 @@ from dtrain.dtypes import (
 from dtrain.generator import (
     Generator as Generator,
 )
+from dtrain.legacy import (
+    BFloat16Tensor as BFloat16Tensor,
+    BoolTensor as BoolTensor,
+    ByteTensor as ByteTensor,
+    CharTensor as CharTensor,
+    DoubleTensor as DoubleTensor,
+    FloatTensor as FloatTensor,
+    HalfTensor as HalfTensor,
+    IntTensor as IntTensor,
+    LongTensor as LongTensor,
+    ShortTensor as ShortTensor,
+)
 from dtrain.ops.activation import (
     log_softmax as log_softmax,
     relu as relu,
@@ -124,10 +136,13 @@ from dtrain.ops.create import (
     from_numpy as from_numpy,
     full as full,
     full_like as full_like,
+    is_tensor as is_tensor,
     linspace as linspace,
+    logspace as logspace,
     meshgrid as meshgrid,
     ones as ones,
     ones_like as ones_like,
+    scalar_tensor as scalar_tensor,
     tensor as tensor,
     zeros as zeros,
     zeros_like as zeros_like,
@@ -170,13 +185,19 @@ from dtrain.ops.elementwise import (
     tanh as tanh,
     trunc as trunc,
 )
-from dtrain.ops.index import (
+from dtrain.ops.gather import (
+    argwhere as argwhere,
     gather as gather,
+    index_add as index_add,
+    index_copy as index_copy,
+    index_fill as index_fill,
     index_select as index_select,
     masked_fill as masked_fill,
     masked_select as masked_select,
+    nonzero as nonzero,
     scatter as scatter,
     scatter_add as scatter_add,
+    take as take,
     take_along_dim as take_along_dim,
 )
 from dtrain.ops.join import (
@@ -267,6 +288,10 @@ from dtrain.ops.sorting import (
 )
 from dtrain.ops.special import (
     erf as erf,
+)
+from dtrain.printing import (
+    get_printoptions as get_printoptions,
+    set_printoptions as set_printoptions,
 )
 from dtrain.random import (
     get_rng_state as get_rng_state,

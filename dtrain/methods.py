@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from dtrain import dtypes
+from dtrain import dtypes, legacy
 from dtrain.autograd.promotion import cast
 from dtrain.ops import (
     activation,
@@ -17,7 +17,7 @@ from dtrain.ops import (
     compare as cp,
     create,
     elementwise as ew,
-    index as ix,
+    gather,
     join,
     linalg,
     order,
@@ -106,9 +106,11 @@ METHODS: dict[Any, str] = {
     sh: "flatten unflatten squeeze unsqueeze transpose t movedim",
     join: "narrow split chunk unbind tensor_split",
     order: "flip roll contiguous clone tril triu repeat_interleave",
-    ix: """gather scatter_add scatter index_select masked_fill masked_select""",
+    gather: """gather scatter_add scatter index_select index_add index_copy index_fill take
+        masked_fill masked_select nonzero argwhere take_along_dim""",
     linalg: "matmul mm bmm dot mv outer addmm diagonal",
     activation: "relu softmax log_softmax",
+    legacy: "new",
     create: "new_zeros new_ones new_full new_empty new_tensor",
     random: "multinomial bernoulli uniform_ normal_ random_ exponential_ bernoulli_",
     sorting: "sort argsort topk unique",

@@ -1,13 +1,14 @@
-"""Class Tensor: an array with a place in the graph. Its methods are calls into `dtrain.ops`.
+"""Class Tensor: an array with a place in the graph.
 
-Owns: the class, conversion to and from Python and NumPy, hooks, and the table of which op is
-which method. Arithmetic lives in `ops`, the rules of in-place changes in `autograd/inplace.py`.
+Owns: the class, its shape and its gradient with hooks. What leads to NumPy and Python is in
+`interop.py`; which op is which method is a table in `methods.py`, which completes the class.
 """
 
 from __future__ import annotations
 
+import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,10 @@ from dtrain.autograd.node import make, register_tensor_class
 from dtrain.autograd.promotion import cast
 from dtrain.autograd.value import Value, Version
 from dtrain.device import device
+from dtrain.interop import Interop, parse_to as parse_to, rebuild as rebuild
 from dtrain.ops import index as ix, shape as sh
-from dtrain.ops.join import unbind
-from dtrain.ops.order import clone
-from dtrain.ops.inplace import bump, put, refresh_view, update, write
-from dtrain.printing import tensor_repr
+from dtrain.ops.create import legacy_array, number_for
+from dtrain.ops.inplace import bump, check_writable, move, put, refresh_view, update, write
 
 _CPU = device("cpu")
 
@@ -43,7 +43,7 @@ class Size(tuple[int, ...]):
         return f"dtrain.Size({list(self)})"
 
 
-class Tensor(Value):
+class Tensor(Interop):
     """A multi-dimensional array that autograd can follow. Source: torch.Tensor.
 
     Made by `dtrain.tensor`, `zeros`, `randn` ...; `Tensor(sizes)` or `Tensor(list)` gives the
@@ -51,16 +51,10 @@ class Tensor(Value):
     """
 
     __slots__ = ()
-    __array_priority__ = 1000  # ndarray + Tensor is decided by the Tensor
 
     def __new__(cls, *args: Any, requires_grad: bool = False) -> Any:
         self = object.__new__(cls)
-        dtype = dtypes.get_default_dtype().numpy
-        if len(args) == 1 and not isinstance(args[0], int):
-            source = args[0]._data if isinstance(args[0], Value) else args[0]
-            self._data = np.asarray(source, dtype)
-        else:
-            self._data = np.empty(args or (0,), dtype)
+        self._data = legacy_array(args, dtypes.get_default_dtype().numpy)
         self._node = self._grad = self._version = self._base = None
         self._requires_grad = requires_grad
         return self
@@ -95,7 +89,7 @@ class Tensor(Value):
     @property
     def is_leaf(self) -> bool:
         """True when no recorded op made it."""
-        return self._node is None
+        return self.grad_fn is None
 
     @property
     def grad_fn(self) -> Any:
@@ -104,7 +98,6 @@ class Tensor(Value):
             self._refresh_view()
         return self._node
 
-    @property
     def _is_view(self) -> bool:
         return self._base is not None
 
@@ -148,7 +141,7 @@ class Tensor(Value):
 
     @property
     def requires_grad(self) -> bool:
-        return self._requires_grad
+        return self._wants_grad()
 
     @requires_grad.setter
     def requires_grad(self, value: bool) -> None:
@@ -162,7 +155,8 @@ class Tensor(Value):
             return
         if value and self._data.dtype.kind in "iub":
             raise RuntimeError(
-                "only Tensors of floating point and complex dtype can require gradients"
+                "only Tensors of floating point and complex dtype can require gradients, this one "
+                f"is {self.dtype}"
             )
         self._requires_grad = bool(value)
 
@@ -174,6 +168,15 @@ class Tensor(Value):
     @property
     def grad(self) -> Any:
         """The gradient accumulated by `backward`, of this shape and dtype, or None."""
+        if self._grad is None and self._node is not None and "retains_grad" not in self.__dict__:
+            warnings.warn(
+                "The .grad attribute of a Tensor that is not a leaf Tensor is being accessed. Its "
+                ".grad attribute won't be populated during autograd.backward(). If you indeed want "
+                "the .grad field to be populated for a non-leaf Tensor, use .retain_grad() on the "
+                "non-leaf Tensor.",
+                UserWarning,
+                stacklevel=2,
+            )
         return self._grad
 
     @grad.setter
@@ -181,12 +184,14 @@ class Tensor(Value):
         if value is not None:
             if not isinstance(value, Tensor):
                 raise TypeError(
-                    f"assigned grad expected to be a Tensor or None but got grad of type {type(value)}"
+                    "assigned grad expected to be a Tensor or None but got grad of type "
+                    f"{type(value).__name__}"
                 )
             if value._data.shape != self._data.shape:
                 raise RuntimeError(
-                    f"assigned grad has data of a different size: {list(value._data.shape)}, "
-                    f"expected {list(self._data.shape)}"
+                    f"attempting to assign a gradient of size '{list(value._data.shape)}' to a "
+                    f"tensor of size '{list(self._data.shape)}'. Please ensure that the gradient "
+                    "and the tensor are the same size"
                 )
             if value._data.dtype != self._data.dtype:
                 raise RuntimeError(
@@ -237,13 +242,7 @@ class Tensor(Value):
         """Call `hook(grad)` when the gradient of this tensor is computed; it may replace it."""
         if not self._requires_grad:
             raise RuntimeError("cannot register a hook on a tensor that doesn't require gradient")
-        place = self if self._node is None else self.grad_fn
-        name = "_hooks" if place is self else "hooks"
-        table = getattr(place, name)
-        if table is None:
-            table = HookTable()
-            setattr(place, name, table)
-        return table.add(hook)  # type: ignore[no-any-return]
+        return self._hook_table().add(hook)
 
     def register_post_accumulate_grad_hook(self, hook: Callable[[Tensor], None]) -> RemovableHandle:
         """Call `hook(self)` when all of a backward pass's gradient is in `.grad`. Leaves only."""
@@ -266,13 +265,23 @@ class Tensor(Value):
         self.retains_grad = True
         owner = weakref.ref(self)
 
-        def keep(grad: Tensor) -> None:
+        def keep(grad: Any) -> None:
             tensor = owner()
             if tensor is not None:
                 before = tensor._grad
                 tensor._grad = grad.clone() if before is None else before + grad
 
-        self.register_hook(keep)
+        table = self._hook_table()
+        table[HookTable.LAST] = table.pop(HookTable.LAST, keep)
+
+    def _hook_table(self) -> HookTable:
+        """The hooks on this tensor's gradient: a leaf's own, or those of the node that made it."""
+        place, name = (self, "_hooks") if self._node is None else (self.grad_fn, "hooks")
+        table = getattr(place, name)
+        if table is None:
+            table = HookTable()
+            setattr(place, name, table)
+        return table  # type: ignore[no-any-return]
 
     def _refresh_view(self) -> None:
         refresh_view(self)
@@ -280,146 +289,19 @@ class Tensor(Value):
     def _bump_version(self) -> None:
         bump(self)
 
-    # the name is torch's and there is no other
-    @property
-    def _version_count(self) -> int:
-        return 0 if self._version is None else self._version.count
+    def _check_writable(self) -> None:
+        check_writable(self)
 
-    # --- to Python and NumPy ---
+    def _move(self, result: Value) -> None:
+        move(self, result)
 
-    def numpy(self, *, force: bool = False) -> np.ndarray:
-        """The array itself, sharing memory. RuntimeError when it requires grad, unless `force`."""
-        if self._requires_grad and not force:
-            raise RuntimeError(
-                "Can't call numpy() on Tensor that requires grad. Use tensor.detach().numpy() "
-                "instead."
-            )
-        return self._data  # type: ignore[no-any-return]
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        array = self.numpy()
-        if copy:
-            return array.astype(dtype or array.dtype)
-        return array if dtype is None else array.astype(dtype, copy=False)
-
-    def __dlpack__(self, **kwargs: Any) -> Any:
-        return self.numpy().__dlpack__(**kwargs)
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return self._data.__dlpack_device__()  # type: ignore[no-any-return]
-
-    def item(self) -> Any:
-        """The one element as a Python number."""
-        if self._data.size != 1:
-            raise RuntimeError(
-                f"a Tensor with {self._data.size} elements cannot be converted to Scalar"
-            )
-        return self._data.item()
-
-    def tolist(self) -> Any:
-        """Nested lists of Python numbers (a number for a 0-d tensor)."""
-        return self._data.tolist()
-
-    def __bool__(self) -> bool:
-        if self._data.size != 1:
-            what = "more than one value" if self._data.size else "no values"
-            raise RuntimeError(f"Boolean value of Tensor with {what} is ambiguous")
-        return bool(self._data.item())
-
-    def __float__(self) -> float:
-        return float(self.item())
-
-    def __int__(self) -> int:
-        return int(self.item())
-
-    def __complex__(self) -> complex:
-        return complex(self.item())
-
-    def __index__(self) -> int:
-        if self._data.size != 1 or self._data.dtype.kind not in "iub":
-            raise TypeError("only integer tensors of a single element can be converted to an index")
-        return int(self._data.item())
-
-    def __len__(self) -> int:
-        if not self._data.ndim:
-            raise TypeError("len() of a 0-d tensor")
-        return len(self._data)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        if not self._data.ndim:
-            raise TypeError("iteration over a 0-d tensor")
-        return iter(unbind(self, 0))
-
-    def __contains__(self, element: Any) -> bool:
-        return bool((self == element).any())
-
-    def __repr__(self) -> str:
-        return tensor_repr(self)
-
-    def __format__(self, spec: str) -> str:
-        return format(self.item(), spec) if self._data.ndim == 0 and spec else str(self)
-
-    __hash__ = object.__hash__
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        if self._node is not None:
-            raise RuntimeError(
-                "Only Tensors created explicitly by the user (graph leaves) support the deepcopy "
-                "protocol at the moment. If you were attempting to deepcopy a module, this may be "
-                "because of a tensor attribute that was computed; detach() it first."
-            )
-        if id(self) in memo:
-            return memo[id(self)]  # type: ignore[no-any-return]
-        other = object.__new__(type(self))
-        other._data = self._data.copy()
-        other._node = other._version = other._base = None
-        other._requires_grad = self._requires_grad
-        other._grad = None if self._grad is None else self._grad.__deepcopy__(memo)
-        memo[id(self)] = other
-        return other
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        if self._node is not None:
-            raise RuntimeError(
-                "a Tensor that is part of a graph cannot be pickled; detach() it first"
-            )
-        return rebuild, (type(self), self._data, self._requires_grad)
-
-    # --- indexing, dtype, memory ---
+    # --- indexing and memory ---
 
     def __getitem__(self, index: Any) -> Tensor:
         return ix.getitem(self, index)  # type: ignore[no-any-return]
 
     def __setitem__(self, index: Any, value: Any) -> None:
         put(self, index, value)
-
-    def to(self, *args: Any, **kwargs: Any) -> Tensor:
-        """In another dtype; devices are checked and change nothing. Source: torch.Tensor.to."""
-        dtype, copy = parse_to(args, kwargs)
-        if dtype is not None and dtype is not self.dtype:
-            return cast(self, dtype=dtype)  # type: ignore[no-any-return]
-        return clone(self) if copy else self  # type: ignore[no-any-return]
-
-    def type(self, dtype: Any = None) -> Any:
-        """The name of the type, or the tensor in another dtype."""
-        if dtype is None:
-            return f"dtrain.{self.dtype.scalar_type}Tensor"
-        return self.to(dtype)
-
-    def type_as(self, other: Tensor) -> Tensor:
-        return self.to(other.dtype)
-
-    def cpu(self) -> Tensor:
-        return self
-
-    def cuda(self, *args: Any, **kwargs: Any) -> Tensor:
-        raise AssertionError(
-            "Torch not compiled with CUDA enabled: dtrain runs on the CPU; leave out .cuda()"
-        )
-
-    def pin_memory(self) -> Tensor:
-        """The tensor itself: there is no device to copy to."""
-        return self
 
     def copy_(self, src: Any, non_blocking: bool = False) -> Tensor:
         """Write `src` (broadcast, cast) into this tensor's memory."""
@@ -432,7 +314,10 @@ class Tensor(Value):
 
     def fill_(self, value: Any) -> Tensor:
         """Set every element to one number."""
-        return update(self, lambda x: make(np.full(x._data.shape, value, x._data.dtype)))  # type: ignore[no-any-return]
+        if isinstance(value, Value):
+            return self.copy_(value)
+        number = number_for(value, self._data.dtype)
+        return update(self, lambda x: make(np.full(x._data.shape, number, x._data.dtype)))  # type: ignore[no-any-return]
 
     def zero_(self) -> Tensor:
         return self.fill_(0)
@@ -443,25 +328,3 @@ class Tensor(Value):
 
 
 register_tensor_class(Tensor)
-
-
-def rebuild(cls: type[Tensor], data: np.ndarray, requires_grad: bool) -> Tensor:
-    """A tensor from its pickled parts."""
-    self = object.__new__(cls)
-    self._data = data
-    self._node = self._grad = self._version = self._base = None
-    self._requires_grad = requires_grad
-    return self
-
-
-def parse_to(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dtypes.dtype | None, bool]:
-    """The dtype (or None) and `copy` that arguments of `.to()` ask for; devices are checked."""
-    dtype, copy = kwargs.get("dtype"), kwargs.get("copy", False)
-    for arg in (*args, kwargs.get("device"), kwargs.get("other")):
-        if isinstance(arg, dtypes.dtype):
-            dtype = arg
-        elif isinstance(arg, Tensor):
-            dtype = arg.dtype
-        elif isinstance(arg, (str, device)) or (isinstance(arg, int) and not isinstance(arg, bool)):
-            device(arg)  # raises for anything but the CPU
-    return dtype, copy

@@ -45,8 +45,6 @@ def backward(
     roots = _sequence(tensors)
     if inputs is not None:
         inputs = _sequence(inputs)
-        if not inputs:
-            raise RuntimeError("`inputs` argument to `backward()` cannot be empty.")
     keep = create_graph if retain_graph is None else retain_graph
     engine.backward(roots, _gradients(roots, grad_tensors), keep, create_graph, inputs)
 
@@ -67,6 +65,11 @@ def grad(
     """
     if is_grads_batched:
         raise NotImplementedError("grad(is_grads_batched=True) needs vmap, which dtrain has not")
+    if materialize_grads and allow_unused is False:
+        raise ValueError(
+            "Expected allow_unused to be True or not passed when materialize_grads=True, but got: "
+            "allow_unused=False."
+        )
     roots, places = _sequence(outputs), _sequence(inputs)
     keep = create_graph if retain_graph is None else retain_graph
     unused = materialize_grads if allow_unused is None else allow_unused

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from dtrain.autograd.grad_mode import grad_enabled
-from dtrain.autograd.node import SELECT, Node, check_saved, make, release
+from dtrain.autograd.node import SELECT, Node, check_saved, edge_of, make, release
 from dtrain.autograd.op import ALIAS
 from dtrain.autograd.value import Value
 
@@ -293,18 +293,11 @@ def initial_grad(i: int, root: Any, grad: Any, create_graph: bool) -> Any:
     return grad if create_graph else grad._data
 
 
-def place_of(tensor: Any) -> Any:
-    """Where the gradient of a tensor that requires grad arrives: its node, or the leaf itself."""
-    if tensor._base is not None:
-        tensor._refresh_view()
-    return tensor._node or tensor
-
-
 def start(
     roots: Sequence[Any], grads: Sequence[Any], create_graph: bool
 ) -> tuple[list[Any], list[Any]]:
     for i, root in enumerate(roots):
-        if not root._requires_grad:
+        if not root._wants_grad():
             raise RuntimeError(
                 f"element {i} of tensors does not require grad and does not have a grad_fn"
             )
@@ -312,16 +305,16 @@ def start(
         initial_grad(i, r, g, create_graph)
         for i, (r, g) in enumerate(zip(roots, grads, strict=True))
     ]
-    return [place_of(root) for root in roots], first
+    return [edge_of(root) for root in roots], first
 
 
 def places_of(inputs: Sequence[Any]) -> dict[Any, list[int]]:
     """{place in the graph: numbers of the inputs there}."""
     wanted: dict[Any, list[int]] = {}
     for i, tensor in enumerate(inputs):
-        if not tensor._requires_grad:
+        if not tensor._wants_grad():
             raise RuntimeError("One of the differentiated Tensors does not require grad")
-        wanted.setdefault(place_of(tensor), []).append(i)
+        wanted.setdefault(edge_of(tensor), []).append(i)
     return wanted
 
 
@@ -333,12 +326,15 @@ def backward(
     inputs: Sequence[Any] | None = None,
 ) -> None:
     """Accumulate gradients of `roots` into the leaves (or only into `inputs`, leaves or not)."""
+    if inputs is not None and len(inputs) == 0:
+        raise RuntimeError("`inputs` argument to `backward()` cannot be empty.")
     edges, first = start(roots, grads, create_graph)
     wanted = None if inputs is None else places_of(inputs)
     work = Pass(create_graph, retain_graph, wanted)
     execute(work, edges, first)
-    for i, grad in work.found.items():
-        accumulate(inputs[i], grad, False)  # type: ignore[index]
+    for places in () if wanted is None else wanted.values():
+        if places[0] in work.found:  # inputs that are no leaves; those have been served
+            accumulate(inputs[places[0]], work.found[places[0]], False)  # type: ignore[index]
 
 
 def grad_of(

@@ -167,7 +167,7 @@ class Function:
     @classmethod
     def apply(cls, *args: Any) -> Any:
         """Run forward without recording, then attach one node that calls backward."""
-        needs = tuple(isinstance(a, Value) and a._requires_grad for a in args)
+        needs = tuple([isinstance(a, Value) and a._wants_grad() for a in args])
         ctx = FunctionCtx(needs)
         recording = any(needs) and grad_enabled.get()
         edges = tuple([edge_of(a) for a in args]) if recording else ()

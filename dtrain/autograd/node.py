@@ -122,10 +122,8 @@ class AccumulateGrad:
 
 def edge_of(value: Any) -> Any:
     """Where the gradient of an input goes: its node, the leaf Tensor itself, or None."""
-    if not isinstance(value, Value) or not value._requires_grad:
+    if not isinstance(value, Value) or not value._wants_grad():
         return None
-    if value._base is not None:
-        value._refresh_view()
     return value._node or value
 
 

@@ -172,13 +172,16 @@ def _binary(op: Op, promote: Callable[..., Any] | None) -> Callable[..., Any]:
         t = new(nodes._tensor)
         t._data = out if out.__class__ is _ndarray else np.asarray(out)
         t._grad = t._version = t._base = None
-        if not ((a._requires_grad or b._requires_grad) and differentiable and _recording()):
+        plain = a._base is None and b._base is None
+        wanted = a._requires_grad or b._requires_grad
+        if not plain:  # views may have come into a graph since they were made
+            wanted = a._wants_grad() or b._wants_grad()
+        if not (wanted and differentiable and _recording()):
             t._node = None
             t._requires_grad = False
             return t
         node = new(Node)
         node.op = op
-        plain = a._base is None and b._base is None
         node.edges = (
             (a._node or a if a._requires_grad else None, b._node or b if b._requires_grad else None)
             if plain
@@ -214,7 +217,7 @@ def _binary(op: Op, promote: Callable[..., Any] | None) -> Callable[..., Any]:
         except OverflowError:  # NumPy refuses what an integer dtype cannot hold, torch wraps it
             return promote(call, a, b)  # type: ignore[misc]
         t = make(out)
-        if differentiable and tensor._requires_grad and _recording():
+        if differentiable and tensor._wants_grad() and _recording():
             node = record(op, (a, b), t, {})
             node.shapes = ((), x.shape) if left else (x.shape, ())
         return t
@@ -262,7 +265,7 @@ def _unary(op: Op, promote: Callable[..., Any] | None) -> Callable[..., Any]:
         if promote is not None and x.dtype.kind in "biu":
             return promote(call, a)
         t = make(forward(x))
-        if differentiable and a._requires_grad and _recording():
+        if differentiable and a._wants_grad() and _recording():
             record(op, (a,), t, {})
         return t
 
@@ -283,7 +286,7 @@ def _general(op: Op, view: bool, outputs: int) -> Callable[..., Any]:
             aux = tuple(rest)
         if not boxed:
             return result
-        recording = differentiable and _recording() and any(v._requires_grad for v in boxed)
+        recording = differentiable and _recording() and any(v._wants_grad() for v in boxed)
         if outputs != 1:
             return _several(op, inputs, result, attrs, recording, outputs, view)
         t = make(result)
@@ -293,6 +296,8 @@ def _general(op: Op, view: bool, outputs: int) -> Callable[..., Any]:
             node.aux = aux or None
         if view:
             t._share(boxed[0])
+            if not recording and (boxed[0]._requires_grad or boxed[0]._made_quietly):
+                t._made_quietly = True
         return t
 
     return call

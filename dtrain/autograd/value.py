@@ -69,6 +69,12 @@ class Value:
         self._base = source if source._base is None else source._base
         self._view_count = self._version.count
 
+    def _wants_grad(self) -> bool:
+        """`_requires_grad`, up to date: a change of its base can put a view into a graph."""
+        if self._base is not None:
+            self._refresh_view()
+        return self._requires_grad
+
     # What ops know how to do, for the engine and custom functions below them; Tensor overrides.
 
     def _refresh_view(self) -> None:
@@ -82,6 +88,11 @@ class Value:
 
     def _bump_version(self) -> None:
         """Count one change of the memory."""
+
+
+def array_of(x: Any) -> Any:
+    """The array of a Tensor; an array is its own."""
+    return x._data if isinstance(x, Value) else x
 
 
 def _same_memory(view: Any, source: Any) -> bool:

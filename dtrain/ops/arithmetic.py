@@ -295,7 +295,10 @@ def clamp(input: Any, min: Any = None, max: Any = None) -> Any:
     if isinstance(min, Value) or isinstance(max, Value):
         low = input if min is None else where(input < min, min, input)
         return low if max is None else where(low > max, max, low)
-    if input._data.dtype.kind in "iub" and float in (min.__class__, max.__class__):
+    if isinstance(input, Value) and input._data.dtype.kind in "iub" and float in (
+        min.__class__,
+        max.__class__,
+    ):
         input = cast(input, dtype=dtypes.get_default_dtype())
     return _clamp(input, min=min, max=max)
 

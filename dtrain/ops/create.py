@@ -40,21 +40,27 @@ def _infer(data: Any, dtype: dtypes.dtype | None = None) -> Array:
 
     Numbers that are meant for `dtype` stay as exact as NumPy reads them.
     """
-    if isinstance(data, (list, tuple)) and any(isinstance(v, Value) for v in data):
-        parts = [v if isinstance(v, Value) else make(_infer(v, dtype)) for v in data]
-        return stack(parts)._data  # type: ignore[no-any-return]
-    array = np.asarray(data)
-    if isinstance(data, (np.ndarray, np.generic)):
-        return array
-    if dtype is not None and array.dtype.kind in "biufc":
+    if isinstance(data, (list, tuple)) and _holds_tensors(data):
+        data = stack([v if isinstance(v, Value) else make(_infer(v, dtype)) for v in data])._data
+    try:
+        array = np.asarray(data)
+    except ValueError:
+        raise _ragged(data, 0) from None
+    if array.dtype == object or array.dtype.kind in "USV":
+        raise _not_numbers(data)
+    if dtype is not None or isinstance(data, (np.ndarray, np.generic)) or _numpy_numbers(data):
         return array
     if array.dtype == np.float64:
         return array.astype(numpy_dtype(None))
     if array.dtype == np.complex128:
         return array.astype(dtypes.get_default_dtype().to_complex().numpy)
-    if array.dtype == object or array.dtype.kind in "USV":
-        raise TypeError(f"new(): invalid data type '{type(_first(data)).__name__}'")
     return array
+
+
+def _holds_tensors(data: Any) -> bool:
+    return any(
+        isinstance(v, Value) or (isinstance(v, (list, tuple)) and _holds_tensors(v)) for v in data
+    )
 
 
 def _first(data: Any) -> Any:
@@ -63,18 +69,54 @@ def _first(data: Any) -> Any:
     return data
 
 
+def _numpy_numbers(data: Any) -> bool:
+    """Whether a list holds NumPy's numbers or arrays, which keep their dtype."""
+    return isinstance(_first(data), (np.ndarray, np.generic))
+
+
+def _not_numbers(data: Any) -> Exception:
+    kind = type(_first(data)).__name__
+    if kind == "NoneType":
+        return RuntimeError("Could not infer dtype of NoneType")
+    return TypeError(f"new(): invalid data type '{kind}'")
+
+
+def _ragged(data: Any, dim: int) -> Exception | None:
+    """torch's sentence for lists of different lengths: where the first difference is."""
+    parts = [v for v in data if isinstance(v, (list, tuple))]
+    if not parts:
+        return None
+    if len(parts) != len(data):
+        return TypeError(f"not a sequence: an element at dim {dim + 1}, where others are")
+    for part in parts:
+        if len(part) != len(parts[0]):
+            return ValueError(
+                f"expected sequence of length {len(parts[0])} at dim {dim + 1} (got {len(part)})"
+            )
+    return next(e for e in (_ragged(part, dim + 1) for part in parts) if e is not None)
+
+
 def _array_from(data: Any, dtype: dtypes.dtype | None) -> Array:
-    if isinstance(data, Value):
-        array = data._data
-    else:
-        try:
-            array = _infer(data, dtype)
-        except ValueError as error:
-            raise ValueError(
-                f"expected sequences of equal length at each dimension: {error}"
-            ) from None
+    array = data._data if isinstance(data, Value) else _infer(data, dtype)
     dtypes.from_numpy(array.dtype if dtype is None else dtype.numpy)
     return array if dtype is None else array.astype(dtype.numpy, copy=False)  # type: ignore[no-any-return]
+
+
+def legacy_array(args: tuple[Any, ...], kind: np.dtype[Any]) -> Array:
+    """What `Tensor(...)` and `LongTensor(...)` hold: sizes, or data cast to the dtype.
+
+    TypeError for a single float: it is neither.
+    """
+    if len(args) == 1 and not isinstance(args[0], (int, np.integer)):
+        data = args[0]
+        if isinstance(data, Value):
+            return data._data.astype(kind, copy=False)  # type: ignore[no-any-return]
+        if isinstance(data, tuple) and hasattr(data, "numel"):  # a Size
+            return np.empty(data, kind)
+        if not isinstance(data, (list, tuple, range, np.ndarray)):
+            raise TypeError(f"new(): data must be a sequence (got {type(data).__name__})")
+        return _array_from(data, None).astype(kind)
+    return np.empty(shape_of(args) if args else (0,), kind)
 
 
 def tensor(
@@ -109,9 +151,7 @@ def shape_of(size: tuple[Any, ...]) -> tuple[int, ...]:
         size = tuple(size[0]) if not isinstance(size[0], Value) else (int(size[0]),)  # type: ignore[call-overload]
     shape = tuple([int(n) for n in size])
     if any(n < 0 for n in shape):
-        raise RuntimeError(
-            f"Trying to create tensor with negative dimension {min(shape)}: {list(shape)}"
-        )
+        raise RuntimeError(f"Dimension size must be non-negative, got {list(shape)}.")
     return shape
 
 
@@ -119,9 +159,10 @@ def _filled(name: str, fill: Callable[..., Array]) -> tuple[Callable[..., Any], 
     """The factory `name(*size)`, and its `_like` and `new_` forms."""
 
     def factory(
-        *size: Any, dtype: dtypes.dtype | None = None, device: Any = None,
+        *sizes: Any, size: Any = None, dtype: dtypes.dtype | None = None, device: Any = None,
         requires_grad: bool = False,
     ) -> Any:  # fmt: skip
+        size = sizes if size is None else size
         return finish(fill(shape_of(size), numpy_dtype(dtype)), device, requires_grad)
 
     def like(
@@ -149,13 +190,26 @@ ones, ones_like, new_ones = _filled("ones", np.ones)
 empty, empty_like, new_empty = _filled("empty", np.empty)
 
 
+def number_for(value: Any, dtype: np.dtype[Any]) -> Any:
+    """A number to be stored as `dtype`: negative ones wrap around, too large ones are refused."""
+    if value.__class__ is not int or dtype.kind not in "iu":
+        return value
+    top = np.iinfo(dtype).max
+    if not -top - 1 <= value <= top:
+        raise RuntimeError(f"value cannot be converted to type {dtype.name}_t without overflow")
+    return np.asarray(value).astype(dtype)
+
+
 def full(
     size: Any, fill_value: Any, *, dtype: dtypes.dtype | None = None, device: Any = None,
     requires_grad: bool = False,
 ) -> Any:  # fmt: skip
     """A tensor filled with one number, of the dtype the number implies. Source: torch.full."""
-    kind = dtype or dtypes.scalar_dtype(fill_value)
-    return finish(np.full(shape_of((size,)), fill_value, kind.numpy), device, requires_grad)
+    if isinstance(fill_value, Value):
+        fill_value = fill_value.item()  # type: ignore[attr-defined]
+    kind = (dtype or dtypes.scalar_dtype(fill_value)).numpy
+    value = number_for(fill_value, kind)
+    return finish(np.full(shape_of((size,)), value, kind), device, requires_grad)
 
 
 def full_like(
@@ -202,12 +256,12 @@ def arange(
         raise RuntimeError("step must be nonzero")
     if (end - start) * step < 0:
         raise RuntimeError("upper bound and lower bound inconsistent with step sign")
+    whole = all(isinstance(v, (int, np.integer)) for v in (start, end, step))
     if dtype is None:
-        whole = all(isinstance(v, (int, np.integer)) for v in (start, end, step))
         dtype = dtypes.int64 if whole else dtypes.get_default_dtype()
-    count = math.ceil((end - start) / step)
-    values = start + np.arange(count) * step  # float64 or int64, rounded once
-    return finish(values.astype(dtype.numpy), device, requires_grad)
+    count = -((start - end) // step) if whole else math.ceil((end - start) / step)
+    values = start + np.arange(count) * step  # int64 or float64, rounded once
+    return finish(values.astype(dtype.numpy, copy=False), device, requires_grad)
 
 
 def linspace(
@@ -215,7 +269,32 @@ def linspace(
     device: Any = None, requires_grad: bool = False,
 ) -> Any:  # fmt: skip
     """`steps` numbers from start to end, both included. Source: torch.linspace."""
-    values = np.linspace(start, end, steps).astype(numpy_dtype(dtype))
+    if steps < 0:
+        raise RuntimeError("number of steps must be non-negative")
+    start, end = float(start), float(end)
+    kind = numpy_dtype(dtype)
+    return finish(_evenly(start, end, steps, kind).astype(kind), device, requires_grad)
+
+
+def _evenly(start: float, end: float, steps: int, kind: np.dtype[Any]) -> Array:
+    """From both ends to the middle, with a step in the dtype itself, as torch computes it."""
+    real = kind if kind.kind == "f" else np.dtype(np.float64)
+    if steps < 2:
+        return np.full(steps, start, real)
+    step = real.type((end - start) / (steps - 1))
+    count = np.arange(steps)
+    rising = real.type(start) + step * count.astype(real)
+    falling = real.type(end) - step * (steps - 1 - count).astype(real)
+    return np.where(count < steps // 2, rising, falling)
+
+
+def logspace(
+    start: float, end: float, steps: int, base: float = 10.0, *,
+    dtype: dtypes.dtype | None = None, device: Any = None, requires_grad: bool = False,
+) -> Any:  # fmt: skip
+    """base**start ... base**end, `steps` of them. Source: torch.logspace."""
+    exponents = np.linspace(float(start), float(end), steps)
+    values = np.power(base, exponents).astype(numpy_dtype(dtype))
     return finish(values, device, requires_grad)
 
 
@@ -225,6 +304,16 @@ def eye(
 ) -> Any:  # fmt: skip
     """The identity matrix (n, m). Source: torch.eye."""
     return finish(np.eye(n, m, dtype=numpy_dtype(dtype)), device, requires_grad)
+
+
+def is_tensor(obj: Any) -> bool:
+    """Whether `obj` is a Tensor. Source: torch.is_tensor."""
+    return isinstance(obj, Value)
+
+
+def scalar_tensor(s: Any, *, dtype: dtypes.dtype | None = None, device: Any = None) -> Any:
+    """A 0-d tensor of the default dtype. Source: torch.scalar_tensor."""
+    return finish(np.asarray(s, numpy_dtype(dtype)), device)
 
 
 def meshgrid(*tensors: Any, indexing: str = "ij") -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ import numpy as np
 from dtrain.autograd.node import make
 from dtrain.autograd.op import define
 from dtrain.ops.conv import several
-from dtrain.ops.index import index_select
+from dtrain.ops.gather import index_select
 from dtrain.ops.linalg import matmul
 from dtrain.ops.pool import adaptive_avg_pool
 from dtrain.ops.shape import reshape, transpose

@@ -17,10 +17,13 @@ import numpy as np
 
 from dtrain import dtypes
 from dtrain.autograd.grad_mode import grad_enabled
+from dtrain.autograd.handle import HookTable
 from dtrain.autograd.node import make
 from dtrain.autograd.op import record
+from dtrain.autograd.promotion import cast
 from dtrain.autograd.value import Value, Version
-from dtrain.ops.index import getitem, index_put, plain_index
+from dtrain.ops.create import number_for
+from dtrain.ops.index import Index, getitem, index_error, index_put, split_index
 
 
 def bump(tensor: Value) -> None:
@@ -30,29 +33,45 @@ def bump(tensor: Value) -> None:
     tensor._version.count += 1
 
 
-def _recording(values: tuple[Any, ...]) -> bool:
-    return grad_enabled.get() and any(isinstance(v, Value) and v._requires_grad for v in values)
-
-
-def check_writable(tensor: Value) -> None:
-    """Refuse what autograd could not follow; torch's sentences."""
-    if tensor._requires_grad and tensor._node is None:
-        raise RuntimeError(
-            "a leaf Variable that requires grad is being used in an in-place operation."
-        )
+def _recording(tensor: Value, others: tuple[Any, ...]) -> bool:
+    """Whether a change of `tensor` belongs to a graph; raises where it may not be made."""
+    if not grad_enabled.get():
+        return False
     base = tensor._base
-    if base is None:
-        return
-    if base._requires_grad and base._node is None:
+    if base is not None and base._requires_grad:
+        if base._node is None:
+            check_writable(tensor)
+        if tensor._made_quietly:
+            raise RuntimeError(
+                "A view was created in no_grad mode and is being modified inplace with grad mode "
+                "enabled. Given that this use case is ambiguous and error-prone, it is forbidden. "
+                "You can clarify your code by moving both the view and the inplace either both "
+                "inside the no_grad block (if you don't want the inplace to be tracked) or both "
+                "outside (if you want the inplace to be tracked)."
+            )
+    return any(isinstance(v, Value) and v._wants_grad() for v in (tensor, *others))
+
+
+def check_writable(tensor: Value, part: bool = False) -> None:
+    """Refuse what autograd could not follow; torch's sentences. `part`: only some elements."""
+    base = tensor._base
+    leaf = tensor._requires_grad and tensor._node is None
+    if leaf and base is None and not part:
         raise RuntimeError(
-            "a view of a leaf Variable that requires grad is being used in an in-place operation."
+            "a leaf Variable that requires grad is being used in an in-place operation. "
+            "Use no_grad() to change parameters."
+        )
+    if leaf or (base is not None and base._requires_grad and base._node is None):
+        raise RuntimeError(
+            "a view of a leaf Variable that requires grad is being used in an in-place operation. "
+            "Use no_grad() to change parameters."
         )
     if tensor._one_of_many:
         raise RuntimeError(
-            "Output 0 of SplitBackward0 is a view and is being modified inplace. This view is the "
-            "output of a function that returns multiple views. Such functions do not allow the "
-            "output views to be modified inplace. You should replace the inplace operation by an "
-            "out-of-place one."
+            f"Output 0 of {tensor._one_of_many} is a view and is being modified inplace. This view "
+            "is the output of a function that returns multiple views. Such functions do not allow "
+            "the output views to be modified inplace. You should replace the inplace operation by "
+            "an out-of-place one."
         )
 
 
@@ -71,18 +90,23 @@ def write(tensor: Value, data: Any) -> None:
             f"{list(data.shape)}"
         )
     if not target.flags.writeable:
-        raise RuntimeError(
-            "unsupported operation: the tensor's memory is read-only or more than one element of "
-            "the written-to tensor refers to a single memory location. Please clone() the tensor "
-            "before performing the operation."
-        )
+        raise read_only()
     np.copyto(target, data, casting="unsafe")
     bump(tensor)
 
 
+def read_only() -> RuntimeError:
+    """torch's error for writing into an expanded tensor; ours may also be somebody's constant."""
+    return RuntimeError(
+        "unsupported operation: more than one element of the written-to tensor refers to a single "
+        "memory location (or its memory is read-only). Please clone() the tensor before performing "
+        "the operation."
+    )
+
+
 def update(tensor: Value, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`function(tensor, ...)` written into `tensor`, which is returned."""
-    if not _recording((tensor, *args)):
+    if not _recording(tensor, args):
         write(tensor, function(tensor, *args, **kwargs)._data)
         return tensor
     check_writable(tensor)
@@ -100,33 +124,58 @@ def update(tensor: Value, function: Callable[..., Any], *args: Any, **kwargs: An
 
 def put(tensor: Value, index: Any, value: Any) -> None:
     """`tensor[index] = value`."""
-    plain, _ = plain_index(index)
-    array = value._data if isinstance(value, Value) else value
-    recording = _recording((tensor, value))
+    first, then = split_index(index)
+    if first and then:  # the ints and slices choose a view, the index arrays write into it
+        tensor, first = getitem(tensor, first), ()
+    plain = then or first
+    if not isinstance(value, (Value, np.ndarray)):
+        value = number_for(value, tensor._data.dtype)
+    recording = _recording(tensor, (value,))
     if recording:
-        check_writable(tensor)
-    target = tensor._data
-    try:
-        target[plain] = array
-    except ValueError as error:
-        if not target.flags.writeable:
-            write(tensor, target)  # raises torch's sentence
-        raise RuntimeError(f"shape mismatch: {error}") from None
+        check_writable(tensor, part=True)
+    _assign(tensor._data, plain, value._data if isinstance(value, Value) else value)
     bump(tensor)
     if recording:
-        if tensor._base is not None:
-            tensor._refresh_view()
-        old, result = make(target, tensor._node), make(target)
-        boxed = value if isinstance(value, Value) else make(np.asarray(value, target.dtype))
-        node = record(index_put.op, (old, boxed), result, {"index": plain})  # type: ignore[attr-defined]
-        node.shapes = (target.shape, boxed._data.shape)
-        move(tensor, result)
+        _record_put(tensor, plain, value)
+
+
+def _assign(target: np.ndarray, index: Index, array: Any) -> None:
+    if not target.flags.writeable:
+        raise read_only()
+    try:
+        target[index] = array
+    except IndexError as error:
+        raise index_error(target, index, error) from None
+    except ValueError:
+        have, want = list(np.shape(array)), list(target[index].shape)
+        raise RuntimeError(
+            f"shape mismatch: value tensor of shape {have} cannot be broadcast to indexing result "
+            f"of shape {want}"
+        ) from None
+
+
+def _record_put(tensor: Value, index: Index, value: Any) -> None:
+    """Move the tensor to a node that stands for the writing that has just been done."""
+    if tensor._base is not None:
+        tensor._refresh_view()
+    data = tensor._data
+    old, result = make(data, tensor._node), make(data)
+    boxed = value if isinstance(value, Value) else make(np.asarray(value, data.dtype))
+    boxed = cast(boxed, dtype=dtypes.from_numpy(data.dtype))
+    selected = data[index].ndim
+    if boxed._data.ndim > selected:  # leading dimensions of size 1, which assignment drops
+        boxed = boxed.reshape(boxed._data.shape[boxed._data.ndim - selected :])
+    index = tuple(part.copy() if isinstance(part, np.ndarray) else part for part in index)
+    node = record(index_put.op, (old, boxed), result, {"index": index})  # type: ignore[attr-defined]
+    node.shapes = (data.shape, boxed._data.shape)
+    move(tensor, result)
 
 
 def move(tensor: Value, result: Value) -> None:
     """Give `tensor` (or its base) the place in the graph that `result` has."""
     base = tensor._base
     if base is None:
+        _keep_retained(tensor._node, result._node)
         tensor._node, tensor._requires_grad = result._node, result._requires_grad
         if tensor._version is not None:
             tensor._version.regraphed = tensor._version.count
@@ -135,9 +184,18 @@ def move(tensor: Value, result: Value) -> None:
     flat = make(base._data, base._node).reshape((-1,))  # type: ignore[attr-defined]
     whole = index_put(flat, result.reshape((-1,)), index=(places.reshape(-1),))  # type: ignore[attr-defined]
     whole = whole.reshape(base._data.shape)
+    _keep_retained(base._node, whole._node)
     base._node, base._requires_grad = whole._node, True
     base._version.regraphed = base._version.count
     refresh_view(tensor)
+
+
+def _keep_retained(before: Any, after: Any) -> None:
+    """`retain_grad` asks for the gradient of the tensor as it is now: its hook moves along."""
+    hook = before.hooks.pop(HookTable.LAST, None) if before is not None and before.hooks else None
+    if hook is not None:
+        after.hooks = HookTable()
+        after.hooks[HookTable.LAST] = hook
 
 
 def refresh_view(view: Value) -> None:

@@ -14,7 +14,7 @@ from dtrain import dtypes
 from dtrain.autograd.op import define, make
 from dtrain.autograd.value import Value
 from dtrain.ops.activation import log_softmax
-from dtrain.ops.index import take_along_dim
+from dtrain.ops.gather import take_along_dim
 from dtrain.ops.reduce import mean, sum
 from dtrain.ops.shape import permute, reshape, squeeze, unsqueeze
 

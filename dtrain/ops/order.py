@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dtrain.autograd.op import define
-from dtrain.autograd.value import Value
+from dtrain.autograd.value import array_of
 from dtrain.ops.index import getitem
 from dtrain.ops.shape import Dim, axes_of, axis_of, expand, reshape
 
@@ -47,7 +47,7 @@ def repeat_interleave(input: Any, repeats: Any, dim: int | None = None) -> Any:
     if dim is None:
         input, dim = reshape(input, (-1,)), 0
     axis = axis_of(dim, input.ndim)
-    counts = repeats._data if isinstance(repeats, Value) else repeats
+    counts = array_of(repeats)
     size = input.shape[axis]
     if np.size(counts) not in (1, size):
         raise RuntimeError(
@@ -96,8 +96,7 @@ def contiguous(input: Any, memory_format: Any = None) -> Any:
 
     `memory_format` is accepted and ignored: there is only this one.
     """
-    array = input._data if isinstance(input, Value) else input
-    return input if array.flags.c_contiguous else _contiguous(input)
+    return input if array_of(input).flags.c_contiguous else _contiguous(input)
 
 
 def clone(input: Any, *, memory_format: Any = None) -> Any:

@@ -17,7 +17,7 @@ from dtrain.autograd.promotion import cast
 from dtrain.autograd.value import Value
 from dtrain.ops import arithmetic, elementwise as ew
 from dtrain.ops.compare import where
-from dtrain.ops.index import take_along_dim
+from dtrain.ops.gather import take_along_dim
 from dtrain.ops.join import cat, narrow
 from dtrain.ops.order import flip
 from dtrain.ops.shape import Dim, axes_of, axis_of, expand, squeeze

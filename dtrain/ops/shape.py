@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dtrain.autograd.op import define, sum_to_shape
-from dtrain.autograd.value import Value
+from dtrain.autograd.value import array_of
 
 Dim = int | tuple[int, ...] | list[int] | None
 
@@ -100,16 +100,12 @@ def reshape(input: Any, shape: Sequence[int]) -> Any:
 
     Source: torch.reshape.
     """
-    return _reshape(input, shape=resolve_shape(shape, _size(input)))
+    return _reshape(input, shape=resolve_shape(shape, array_of(input).size))
 
 
 def view(input: Any, shape: Sequence[int]) -> Any:
     """`reshape` that never copies: RuntimeError where the strides do not allow a view."""
-    return _view(input, shape=resolve_shape(shape, _size(input)))
-
-
-def _size(x: Any) -> int:
-    return x._data.size if isinstance(x, Value) else x.size  # type: ignore[no-any-return]
+    return _view(input, shape=resolve_shape(shape, array_of(input).size))
 
 
 def flatten(input: Any, start_dim: int = 0, end_dim: int = -1) -> Any:

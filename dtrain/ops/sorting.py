@@ -8,7 +8,7 @@ import numpy as np
 
 from dtrain.autograd.node import make
 from dtrain.autograd.op import define
-from dtrain.ops.index import take_along_dim
+from dtrain.ops.gather import take_along_dim
 from dtrain.ops.reduce import values_and_indices
 from dtrain.ops.shape import axis_of
 
