@@ -37,7 +37,25 @@ CLASSES = {
     ("dtrain.optim", "dtrain.optim.sgd"): "SGD",
     ("dtrain.optim", "dtrain.optim.adam"): "Adam",
     ("dtrain.optim", "dtrain.optim.adamw"): "AdamW",
-    ("dtrain.optim.lr_scheduler", "dtrain.optim.lr_scheduler"): "CosineAnnealingLR LambdaLR",
+    ("dtrain.optim", "dtrain.optim.rmsprop"): "RMSprop",
+    ("dtrain.optim", "dtrain.optim.adagrad"): "Adagrad",
+    ("dtrain.optim", "dtrain.optim.adadelta"): "Adadelta",
+    ("dtrain.optim", "dtrain.optim.adamax"): "Adamax",
+    ("dtrain.optim", "dtrain.optim.nadam"): "NAdam",
+    ("dtrain.optim", "dtrain.optim.radam"): "RAdam",
+    ("dtrain.optim.lr_scheduler", "dtrain.optim.lr_scheduler"): (
+        "LambdaLR MultiplicativeLR StepLR MultiStepLR ConstantLR LinearLR ExponentialLR "
+        "PolynomialLR CosineAnnealingLR CosineAnnealingWarmRestarts SequentialLR ChainedScheduler"
+    ),
+    ("dtrain.utils.data", "dtrain.utils.data.dataset"): (
+        "Dataset IterableDataset TensorDataset StackDataset ConcatDataset ChainDataset Subset"
+    ),
+    ("dtrain.utils.data", "dtrain.utils.data.sampler"): (
+        "Sampler SequentialSampler RandomSampler SubsetRandomSampler WeightedRandomSampler "
+        "BatchSampler"
+    ),
+    ("dtrain.utils.data", "dtrain.utils.data.distributed"): "DistributedSampler",
+    ("dtrain.utils.data", "dtrain.utils.data.dataloader"): "DataLoader",
 }
 
 # Module -> everything else that programs look up there.
@@ -58,6 +76,8 @@ NAMES = {
     "dtrain.nn.utils": "clip_grad_norm_",
     "dtrain.nn.utils.clip_grad": "clip_grad_norm_",
     "dtrain.optim": "lr_scheduler",
+    "dtrain.optim.lr_scheduler": "LRScheduler OneCycleLR ReduceLROnPlateau",
+    "dtrain.utils.data": "random_split default_collate default_convert get_worker_info",
     "dtrain.distributed": """
         init_process_group destroy_process_group is_initialized is_available get_rank
         get_world_size get_backend new_group ReduceOp

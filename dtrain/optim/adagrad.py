@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dtrain.autograd.op import make
+from dtrain.autograd.node import make
 from dtrain.optim.optimizer import Group, number
 from dtrain.optim.update import (
     Array,

@@ -17,7 +17,7 @@ from typing import Any
 
 from dtrain.autograd.grad_mode import enable_grad
 from dtrain.autograd.handle import HookTable, RemovableHandle
-from dtrain.autograd.op import make
+from dtrain.autograd.node import make
 from dtrain.tensor import Tensor
 
 Group = dict[str, Any]
@@ -33,15 +33,6 @@ class _Required:
 
 required = _Required()
 
-HOOKS = (
-    "_optimizer_step_pre_hooks",
-    "_optimizer_step_post_hooks",
-    "_optimizer_state_dict_pre_hooks",
-    "_optimizer_state_dict_post_hooks",
-    "_optimizer_load_state_dict_pre_hooks",
-    "_optimizer_load_state_dict_post_hooks",
-)
-
 
 class Optimizer:
     """Base of all optimizers: a subclass gives `step`.
@@ -53,6 +44,13 @@ class Optimizer:
 
     kept_as_saved: tuple[str, ...] = ("step",)  # loaded state that is not of the parameter's dtype
     _opt_called = False  # whether a step was made; schedules warn of one before it
+
+    _optimizer_step_pre_hooks: HookTable
+    _optimizer_step_post_hooks: HookTable
+    _optimizer_state_dict_pre_hooks: HookTable
+    _optimizer_state_dict_post_hooks: HookTable
+    _optimizer_load_state_dict_pre_hooks: HookTable
+    _optimizer_load_state_dict_post_hooks: HookTable
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -79,8 +77,9 @@ class Optimizer:
 
     def _make_hook_tables(self) -> None:
         self._stepping = False
-        for name in HOOKS:
-            setattr(self, name, HookTable())
+        for what in ("step", "state_dict", "load_state_dict"):
+            for when in ("pre", "post"):
+                setattr(self, f"_optimizer_{what}_{when}_hooks", HookTable())
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Change the parameters by their gradients; returns what `closure()` did, if given."""
@@ -88,14 +87,15 @@ class Optimizer:
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of all parameters, or fill them with zeros in place."""
-        for group in self.param_groups:
-            for param in group["params"]:
-                if set_to_none:
-                    param._grad = None
-                elif param._grad is not None:
-                    param._grad._data.fill(0)
-                    param._grad.detach_()
-                    param._grad._bump_version()
+        for param in chain.from_iterable(group["params"] for group in self.param_groups):
+            grad = param._grad
+            if set_to_none:
+                param._grad = None
+            elif grad is not None:
+                if grad._node is not None:  # from backward(create_graph=True)
+                    grad.detach_()
+                grad.requires_grad_(False)
+                grad.zero_()
 
     # --- groups ---
 
@@ -145,7 +145,7 @@ class Optimizer:
         Parameters are numbered in the order of the groups. Tensors are the state's own, not
         copies.
         """
-        for hook in self._optimizer_state_dict_pre_hooks.values():  # type: ignore[attr-defined]
+        for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         numbers: dict[int, int] = {}
         groups, start = [], 0
@@ -160,7 +160,7 @@ class Optimizer:
             for key, value in self.state.items()
         }
         found = {"state": state, "param_groups": groups}
-        for hook in self._optimizer_state_dict_post_hooks.values():  # type: ignore[attr-defined]
+        for hook in self._optimizer_state_dict_post_hooks.values():
             result = hook(self, found)
             found = found if result is None else result
         return found
@@ -172,7 +172,7 @@ class Optimizer:
         number of groups or of parameters in one is another. Nothing is changed on an error.
         """
         state_dict = state_dict.copy()
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():  # type: ignore[attr-defined]
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = hook(self, state_dict)
             state_dict = state_dict if result is None else result
         saved = [_without_params(group) for group in state_dict["param_groups"]]
@@ -186,7 +186,7 @@ class Optimizer:
             if "param_names" in group:
                 new.setdefault("param_names", group["param_names"])
         self.__setstate__({"state": state, "param_groups": saved})
-        for hook in self._optimizer_load_state_dict_post_hooks.values():  # type: ignore[attr-defined]
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
     def _params_by_id(self, saved: list[Group]) -> dict[int, Tensor]:
@@ -289,7 +289,7 @@ def _with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
     def hooked(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
         if self._stepping:  # `super().step()`: the hooks have run
             return step(self, *args, **kwargs)
-        for hook in self._optimizer_step_pre_hooks.values():  # type: ignore[attr-defined]
+        for hook in self._optimizer_step_pre_hooks.values():
             result = hook(self, args, kwargs)
             if result is not None:
                 if not (isinstance(result, tuple) and len(result) == 2):
@@ -303,7 +303,7 @@ def _with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
             out = step(self, *args, **kwargs)
         finally:
             self._stepping = False
-        for hook in self._optimizer_step_post_hooks.values():  # type: ignore[attr-defined]
+        for hook in self._optimizer_step_post_hooks.values():
             hook(self, args, kwargs)
         return out
 

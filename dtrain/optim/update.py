@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dtrain import dtypes
-from dtrain.autograd.op import make
+from dtrain.autograd.node import make
 from dtrain.ops.inplace import bump
 from dtrain.optim.optimizer import Group, Optimizer, evaluate, number
 from dtrain.tensor import Tensor
@@ -101,13 +101,14 @@ class UpdateRule(Optimizer):
         held = state.get(name)
         if held is None:
             held = state[name] = make(np.zeros(data.shape, data.dtype))
-        return held._data  # type: ignore[no-any-return]
+        buffer: Array = held._data
+        return buffer
 
     def _lend(self, prepared: dict[Any, Any], dtype: np.dtype[Any]) -> Array:
         temps = prepared.get(dtype)
         if temps is None:
             temps = prepared[dtype] = np.empty((self.temporaries, CHUNK), dtype)
-        return temps  # type: ignore[no-any-return]
+        return temps
 
 
 def walk(
@@ -193,7 +194,8 @@ def number_or_none(value: Any) -> float | None:
 def new_step(value: float = 0) -> Tensor:
     """A 0-d tensor for `state["step"]`, as torch has it: float32, or a float64 default dtype."""
     wide = dtypes.get_default_dtype() is dtypes.float64
-    return make(np.array(value, np.float64 if wide else np.float32))  # type: ignore[return-value]
+    step: Tensor = make(np.array(value, np.float64 if wide else np.float32))
+    return step
 
 
 def advance(state: State) -> int:

@@ -96,6 +96,20 @@ def test_zero_grad():
     assert param.grad is None
 
 
+def test_zeros_reach_what_a_gradient_is_a_view_of_and_its_graph_is_left():
+    buffer, param = torch.ones(5), leaf()
+    param.grad = buffer[1:3]
+    optimizer = SGD([param])
+    optimizer.zero_grad(set_to_none=False)
+    assert buffer.tolist() == [1, 0, 0, 1, 1]
+    param.grad = None
+    (param**2).sum().backward(create_graph=True)
+    assert param.grad.requires_grad
+    optimizer.zero_grad(set_to_none=False)
+    assert not param.grad.requires_grad
+    assert param.grad.tolist() == [0, 0]
+
+
 def test_a_gradient_may_be_a_view_of_a_flat_buffer():
     buffer = torch.arange(6, dtype=torch.float32)
     params = [torch.zeros(2, requires_grad=True), torch.zeros(2, 2, requires_grad=True)]

@@ -14,7 +14,6 @@ import numpy as np
 
 # The text of the loader after `DataLoader(`, on `Draws(torch, 10)`.
 MAP_LOADERS = (
-    "batch_size=3, num_workers=2",
     "batch_size=3, shuffle=True, num_workers=2",
     "batch_size=2, shuffle=True, num_workers=3, drop_last=True, prefetch_factor=1",
     "batch_size=None, num_workers=2",
@@ -25,7 +24,6 @@ ITERABLE_LOADERS = (
     "batch_size=3",
     "batch_size=3, drop_last=True",
     "batch_size=None",
-    "batch_size=2, num_workers=2",
     "batch_size=2, num_workers=3, drop_last=True",
     "batch_size=3, num_workers=2, persistent_workers=True",
 )
