@@ -40,6 +40,55 @@ class SiLU(_InPlace):
         return F.silu(input, self.inplace)  # type: ignore[no-any-return]
 
 
+class Mish(_InPlace):
+    """x tanh(softplus(x)). Source: torch.nn.Mish."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.mish(input, self.inplace)  # type: ignore[no-any-return]
+
+
+class SELU(_InPlace):
+    """ELU scaled so that activations keep mean 0 and variance 1. Source: torch.nn.SELU."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.selu(input, self.inplace)  # type: ignore[no-any-return]
+
+
+class Hardsigmoid(Module):
+    """x / 6 + 1/2 limited to [0, 1]. Source: torch.nn.Hardsigmoid."""
+
+    def __init__(self, inplace: bool = False) -> None:
+        super().__init__()
+        self.inplace = inplace
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.hardsigmoid(input, self.inplace)  # type: ignore[no-any-return]
+
+
+class Hardswish(Hardsigmoid):
+    """x hardsigmoid(x). Source: torch.nn.Hardswish."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.hardswish(input, self.inplace)  # type: ignore[no-any-return]
+
+
+class Threshold(Module):
+    """x where x > threshold, else `value`. Source: torch.nn.Threshold."""
+
+    def __init__(self, threshold: float, value: float, inplace: bool = False) -> None:
+        super().__init__()
+        self.threshold = threshold
+        self.value = value
+        self.inplace = inplace
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.threshold(input, self.threshold, self.value, self.inplace)  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        inplace = ", inplace=True" if self.inplace else ""
+        return f"threshold={self.threshold}, value={self.value}{inplace}"
+
+
 class Hardtanh(Module):
     """x limited to [min_val, max_val]. Source: torch.nn.Hardtanh."""
 
@@ -218,3 +267,10 @@ class LogSoftmax(_Along):
 
     def forward(self, input: Tensor) -> Tensor:
         return F.log_softmax(input, self.dim)  # type: ignore[no-any-return]
+
+
+class Softmin(_Along):
+    """softmax(-x) along `dim`, which must be given. Source: torch.nn.Softmin."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.softmin(input, self.dim)  # type: ignore[no-any-return]

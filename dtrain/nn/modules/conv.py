@@ -1,4 +1,4 @@
-"""Convolutions: Conv1d and Conv2d.
+"""Convolutions and their transposes: Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d.
 
 Weights and biases start uniform on +-1/sqrt(fan_in), as in torch. Source: torch.nn.modules.conv.
 """
@@ -14,9 +14,10 @@ from dtrain.nn import functional as F, init
 from dtrain.nn.modules.module import Module
 from dtrain.nn.parameter import Parameter
 from dtrain.ops.create import empty
-from dtrain.tensor import Tensor
+from dtrain.tensor import Size, Tensor
 
 Sizes = int | Sequence[int]
+_PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
 def _tuple(value: Sizes, dims: int) -> tuple[int, ...]:
@@ -27,11 +28,13 @@ class _Conv(Module):
     """What convolutions over `_dims` dimensions have in common.
 
     `padding` is a number for each side, "valid" (none) or "same" (the output has the size of the
-    input; stride 1 only). `padding_mode` other than "zeros" is refused (NotImplementedError).
-    ValueError, with torch's sentence, where the sizes do not go together.
+    input; stride 1 only). `padding_mode` says what is there: "zeros", "reflect", "replicate" or
+    "circular". ValueError, with torch's sentence, where the sizes do not go together.
     """
 
     _dims: int
+    transposed = False
+    output_padding: tuple[int, ...]
     weight: Tensor
     bias: Tensor | None
 
@@ -58,8 +61,12 @@ class _Conv(Module):
         self.dilation = _tuple(dilation, self._dims)
         self.groups = groups
         self.padding_mode = padding_mode
+        self.output_padding = (0,) * self._dims
         _check(self)
-        shape = (out_channels, in_channels // groups, *self.kernel_size)
+        first, second = out_channels, in_channels
+        if self.transposed:
+            first, second = second, first
+        shape = (first, second // groups, *self.kernel_size)
         self.weight = Parameter(empty(shape, device=device, dtype=dtype))
         if bias:
             self.bias = Parameter(empty(out_channels, device=device, dtype=dtype))
@@ -82,9 +89,28 @@ class _Conv(Module):
             shown += f", padding={self.padding}"
         if self.dilation != (1,) * self._dims:
             shown += f", dilation={self.dilation}"
+        if self.output_padding != (0,) * self._dims:
+            shown += f", output_padding={self.output_padding}"
         if self.groups != 1:
             shown += f", groups={self.groups}"
-        return shown if self.bias is not None else shown + ", bias=False"
+        if self.bias is None:
+            shown += ", bias=False"
+        return (
+            shown if self.padding_mode == "zeros" else f"{shown}, padding_mode={self.padding_mode}"
+        )
+
+    def _padded(self, input: Tensor) -> tuple[Tensor, Any]:
+        """The input, and the padding that is left to do after `padding_mode` did its own."""
+        if self.padding_mode == "zeros":
+            return input, self.padding
+        sides: list[int] = []  # from the last dimension on, before and after
+        for i in reversed(range(self._dims)):
+            if isinstance(self.padding, str):
+                total = self.dilation[i] * (self.kernel_size[i] - 1) * (self.padding == "same")
+                sides += [total // 2, total - total // 2]
+            else:
+                sides += [self.padding[i]] * 2
+        return F.pad(input, sides, self.padding_mode), 0
 
 
 def _check(conv: _Conv) -> None:
@@ -99,13 +125,9 @@ def _check(conv: _Conv) -> None:
         )
     if conv.padding == "same" and any(s != 1 for s in conv.stride):
         raise ValueError("padding='same' is not supported for strided convolutions")
-    if conv.padding_mode in ("reflect", "replicate", "circular"):
-        raise NotImplementedError(
-            f"padding_mode='{conv.padding_mode}' is not supported: pad the input yourself"
-        )
-    if conv.padding_mode != "zeros":
+    if conv.padding_mode not in _PADDING_MODES:
         raise ValueError(
-            "padding_mode must be one of 'zeros', 'reflect', 'replicate', 'circular', but got "
+            f"padding_mode must be one of {_PADDING_MODES}, but got "
             f"padding_mode='{conv.padding_mode}'"
         )
 
@@ -116,8 +138,9 @@ class Conv1d(_Conv):
     _dims = 1
 
     def forward(self, input: Tensor) -> Tensor:
+        input, padding = self._padded(input)
         return F.conv1d(  # type: ignore[no-any-return]
-            input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
+            input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups
         )
 
 
@@ -127,6 +150,88 @@ class Conv2d(_Conv):
     _dims = 2
 
     def forward(self, input: Tensor) -> Tensor:
+        input, padding = self._padded(input)
         return F.conv2d(  # type: ignore[no-any-return]
-            input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
+            input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups
         )
+
+
+class _ConvTranspose(_Conv):
+    """What transposed convolutions have in common: the gradient of a convolution as a module.
+
+    `output_padding` adds to one side of the output; a call may name an `output_size` instead.
+    """
+
+    transposed = True
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Sizes,
+        stride: Sizes = 1,
+        padding: Sizes = 0,
+        output_padding: Sizes = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: Sizes = 1,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: dtypes.dtype | None = None,
+    ) -> None:
+        if padding_mode != "zeros":
+            raise ValueError(f'Only "zeros" padding mode is supported for {type(self).__name__}')
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode, device, dtype,
+        )  # fmt: skip
+        self.output_padding = _tuple(output_padding, self._dims)
+
+    def _output_padding(self, input: Tensor, output_size: Sequence[int] | None) -> tuple[int, ...]:
+        if output_size is None:
+            return self.output_padding
+        sizes = list(output_size)[-self._dims :]
+        lead = input.ndim - self._dims
+        if len(output_size) not in (self._dims, input.ndim):
+            raise ValueError(
+                f"ConvTranspose{self._dims}D: for {input.ndim}D input, output_size must have "
+                f"{self._dims} or {input.ndim} elements (got {len(output_size)})"
+            )
+        least = [
+            (input.shape[lead + i] - 1) * self.stride[i]
+            - 2 * self.padding[i]  # type: ignore[operator]
+            + self.dilation[i] * (self.kernel_size[i] - 1)
+            + 1
+            for i in range(self._dims)
+        ]
+        most = [size + step - 1 for size, step in zip(least, self.stride, strict=True)]
+        if any(not a <= n <= b for a, n, b in zip(least, sizes, most, strict=True)):
+            raise ValueError(
+                f"requested an output size of {sizes}, but valid sizes range from {least} to "
+                f"{most} (for an input of {Size(input.shape[2:])})"
+            )
+        return tuple(n - a for n, a in zip(sizes, least, strict=True))
+
+
+class ConvTranspose1d(_ConvTranspose):
+    """Transposed convolution of (N, C, L) or (C, L). Source: torch.nn.ConvTranspose1d."""
+
+    _dims = 1
+
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        return F.conv_transpose1d(  # type: ignore[no-any-return]
+            input, self.weight, self.bias, self.stride, self.padding,
+            self._output_padding(input, output_size), self.groups, self.dilation,
+        )  # fmt: skip
+
+
+class ConvTranspose2d(_ConvTranspose):
+    """Transposed convolution of (N, C, H, W) or (C, H, W). Source: torch.nn.ConvTranspose2d."""
+
+    _dims = 2
+
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        return F.conv_transpose2d(  # type: ignore[no-any-return]
+            input, self.weight, self.bias, self.stride, self.padding,
+            self._output_padding(input, output_size), self.groups, self.dilation,
+        )  # fmt: skip
