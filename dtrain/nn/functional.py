@@ -30,7 +30,7 @@ from dtrain.ops.conv import (
     conv_transpose1d as conv_transpose1d,
     conv_transpose2d as conv_transpose2d,
 )
-from dtrain.ops.elementwise import sigmoid as sigmoid, tanh as tanh
+from dtrain.ops.elementwise import sigmoid as _sigmoid, tanh as _tanh
 from dtrain.ops.gelu import gelu as gelu, silu as _silu
 from dtrain.ops.image import (
     fold as fold,
@@ -38,7 +38,7 @@ from dtrain.ops.image import (
     pad as pad,
     unfold as unfold,
 )
-from dtrain.ops.index import embedding as _embedding, one_hot as one_hot
+from dtrain.ops.embedding import embedding as _embedding, one_hot as one_hot
 from dtrain.ops.inplace import update
 from dtrain.ops.linalg import linear as linear
 from dtrain.ops.norm import (
@@ -93,6 +93,16 @@ def hardtanh(input: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: b
 def silu(input: Any, inplace: bool = False) -> Any:
     """x sigmoid(x)."""
     return _applied(_silu, input, inplace)
+
+
+def sigmoid(input: Any) -> Any:
+    """1 / (1 + exp(-x))."""
+    return _sigmoid(input)
+
+
+def tanh(input: Any) -> Any:
+    """The hyperbolic tangent."""
+    return _tanh(input)
 
 
 def softmax(

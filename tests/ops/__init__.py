@@ -1,0 +1,1 @@
+"""Tests of `dtrain.ops` and of the functions that name them, `dtrain.nn.functional`."""
