@@ -22,6 +22,7 @@ __all__ = [
     "ForkedProcessError",
     "GroupAborted",
     "PeerLost",
+    "QueueEmptyError",
     "StoreTimeout",
     "TransportTimeout",
     "WrongSize",
@@ -90,6 +91,10 @@ class DistNetworkError(DistError):
 
 class DistStoreError(DistError):
     """A key-value store refused or could not serve a request."""
+
+
+class QueueEmptyError(DistStoreError):
+    """`queue_pop` without `block` found nothing in the queue."""
 
 
 class ForkedProcessError(DistError):

@@ -5,9 +5,8 @@ Source: torch.distributed.{Store, TCPStore, FileStore, HashStore, PrefixStore}.
 
 from __future__ import annotations
 
-from datetime import timedelta
-
-from dtrain.comm.store.base import DEFAULT_TIMEOUT, Store
+from dtrain import env
+from dtrain.comm.store.base import DEFAULT_TIMEOUT, Store, Timeout
 from dtrain.comm.store.file import FileStore as _FileStore
 from dtrain.comm.store.memory import MemoryStore
 from dtrain.comm.store.prefix import PrefixStore as PrefixStore
@@ -31,7 +30,7 @@ class TCPStore(TcpStore):
         port: int,
         world_size: int | None = None,
         is_master: bool = False,
-        timeout: timedelta | float = DEFAULT_TIMEOUT,
+        timeout: Timeout = DEFAULT_TIMEOUT,
         wait_for_workers: bool = True,
         multi_tenant: bool = False,
         master_listen_fd: int | None = None,
@@ -49,13 +48,15 @@ class TCPStore(TcpStore):
 class FileStore(_FileStore):
     """A store in a file that all ranks can reach. Source: torch.distributed.FileStore.
 
-    `world_size` is accepted and not needed: nothing is counted in the file.
+    A file that an earlier run of the launcher left behind is begun anew. `world_size` is accepted
+    and not needed: nothing is counted in the file.
     """
 
     def __init__(
-        self, file_name: str, world_size: int = -1, timeout: timedelta | float = DEFAULT_TIMEOUT
+        self, file_name: str, world_size: int = -1, timeout: Timeout = DEFAULT_TIMEOUT
     ) -> None:
-        super().__init__(file_name, timeout=seconds(timeout) or DEFAULT_TIMEOUT)
+        patience = seconds(timeout) or DEFAULT_TIMEOUT
+        super().__init__(file_name, run_id=env.run_identity(), timeout=patience)
 
 
 class HashStore(MemoryStore):

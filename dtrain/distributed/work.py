@@ -11,6 +11,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+from dtrain.comm.store.base import as_seconds
 from dtrain.comm.work import Future, Work as ArrayWork
 
 
@@ -18,7 +19,7 @@ def seconds(timeout: timedelta | float | None) -> float | None:
     """A timeout, as timedelta or number, in seconds; ValueError unless it is positive."""
     if timeout is None:
         return None
-    value = timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
+    value = as_seconds(timeout)
     if value <= 0:
         raise ValueError(f"a timeout must be positive, got {timeout}")
     return value

@@ -16,7 +16,7 @@ from dtrain.comm.store.memory import MemoryStore
 from dtrain.comm.store.prefix import PrefixStore
 from dtrain.comm.store.tcp import StoreServer, TcpStore
 from dtrain.errors import DistNetworkError, DistStoreError, StoreTimeout
-from dtrain.testing.conformance import STORE_CHECKS, Connect
+from dtrain.testing.store_conformance import STORE_CHECKS, Connect
 
 KINDS = ("memory", "tcp", "file", "prefix")
 
@@ -45,7 +45,7 @@ def test_conformance(kind, check, tmp_path):
 
 def test_the_suite_catches_a_store_that_forgets():
     class Forgetful(MemoryStore):
-        def delete(self, key: str) -> bool:
+        def delete_key(self, key: str) -> bool:
             return True
 
     store = Forgetful(1)
@@ -143,6 +143,8 @@ def test_a_malformed_request_does_not_hurt_the_server():
             store._call("drop", [], 1.0)
         with pytest.raises(DistStoreError, match="bad request"):
             store._call("set", [], 1.0)
+        with pytest.raises(DistStoreError, match="bad request"):
+            store._call("collect", ["never", 0, 0], 1.0)
         store.set("key", "value")
         assert store.get("key") == b"value"
 

@@ -9,17 +9,38 @@ seconds as float. Nothing is ever pickled.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self
 
-from dtrain.errors import DistStoreError, StoreTimeout
+from dtrain.errors import DistStoreError, QueueEmptyError, StoreTimeout
 
-__all__ = ["DEFAULT_TIMEOUT", "MUTATING", "NotYet", "Store", "Table", "timed_out"]
+__all__ = [
+    "DEFAULT_TIMEOUT",
+    "MUTATING",
+    "NotYet",
+    "Store",
+    "Table",
+    "Timeout",
+    "as_seconds",
+    "timed_out",
+]
 
 DEFAULT_TIMEOUT = 300.0
 
-MUTATING = frozenset({"set", "add", "delete", "compare_set", "join"})
+MUTATING = frozenset(
+    {"set", "multi_set", "append", "add", "delete_key", "compare_set", "join"}
+    | {"queue_push", "queue_pop"}
+)
+
+Timeout = float | timedelta
+
+
+def as_seconds(timeout: Timeout) -> float:
+    """A timeout, as a timedelta or a number of seconds, in seconds."""
+    return timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
 
 
 class NotYet(Exception):
@@ -63,6 +84,7 @@ class Table:
 
     def __init__(self) -> None:
         self._values: dict[str, bytes] = {}
+        self._queues: dict[str, deque[bytes]] = {}  # an empty queue is dropped
         self._gathers: dict[str, _Gather] = {}
 
     def do(self, command: str, args: Sequence[Any]) -> Any:
@@ -81,6 +103,16 @@ class Table:
         self._wait([key])
         return self._values[key]
 
+    def _multi_get(self, keys: list[str]) -> list[bytes]:
+        self._wait(keys)
+        return [self._values[key] for key in keys]
+
+    def _multi_set(self, keys: list[str], values: list[bytes]) -> None:
+        self._values.update(zip(keys, values, strict=True))
+
+    def _append(self, key: str, value: bytes) -> None:
+        self._values[key] = self._values.get(key, b"") + value
+
     def _add(self, key: str, amount: int) -> int:
         try:
             total = int(self._values.get(key, b"0")) + amount
@@ -97,7 +129,7 @@ class Table:
         if missing:
             raise NotYet(missing)
 
-    def _delete(self, key: str) -> bool:
+    def _delete_key(self, key: str) -> bool:
         return self._values.pop(key, None) is not None
 
     def _compare_set(self, key: str, expected: bytes, desired: bytes) -> bytes:
@@ -109,6 +141,26 @@ class Table:
 
     def _num_keys(self) -> int:
         return len(self._values)
+
+    def _list_keys(self, prefix: str) -> list[str]:
+        return [key for key in self._values if key.startswith(prefix)]
+
+    def _queue_push(self, key: str, value: bytes) -> None:
+        self._queues.setdefault(key, deque()).append(value)
+
+    def _queue_pop(self, key: str, block: bool) -> bytes:
+        if key not in self._queues:
+            if block:
+                raise NotYet([key])
+            raise QueueEmptyError(f"queue {key!r} is empty")
+        queue = self._queues[key]
+        value = queue.popleft()
+        if not queue:
+            del self._queues[key]
+        return value
+
+    def _queue_len(self, key: str) -> int:
+        return len(self._queues.get(key, ()))
 
     def _join(self, key: str, rank: int, size: int, value: bytes) -> int:
         """Put one rank's value into the open round of a gather.
@@ -139,7 +191,9 @@ class Table:
         return values
 
 
-_COMMANDS = MUTATING | {"get", "check", "wait", "num_keys", "collect"}
+_COMMANDS = MUTATING | {
+    *("get", "multi_get", "check", "wait", "num_keys", "list_keys", "queue_len", "collect"),
+}
 
 
 def _as_bytes(value: bytes | str) -> bytes:
@@ -149,13 +203,23 @@ def _as_bytes(value: bytes | str) -> bytes:
 class Store(ABC):
     """A key-value store shared by the ranks of a job; safe to use from several threads.
 
-    Calls that wait (`get`, `wait`, `gather`) take `timeout` in seconds, `None` meaning the store's
-    own `timeout`, and raise `StoreTimeout` naming the missing keys (and ranks) when it has passed.
-    All other failures are `DistStoreError`. Names and meanings follow torch.distributed.Store.
+    Calls that wait (`get`, `multi_get`, `wait`, `queue_pop`, `gather`) do so for the store's own
+    `timeout`, or for their argument `timeout` (a timedelta or seconds) where they have one, and
+    then raise `StoreTimeout` naming the missing keys (and ranks). All other failures are
+    `DistStoreError`. Names and meanings follow torch.distributed.Store.
     """
 
-    def __init__(self, timeout: float = DEFAULT_TIMEOUT) -> None:
-        self.timeout = float(timeout)
+    def __init__(self, timeout: Timeout = DEFAULT_TIMEOUT) -> None:
+        self._patience = as_seconds(timeout)
+
+    @property
+    def timeout(self) -> timedelta:
+        """How long calls wait that are not told otherwise."""
+        return timedelta(seconds=self._patience)
+
+    def set_timeout(self, timeout: Timeout) -> None:
+        """Set `timeout` for this object alone; a call that waits already is not affected."""
+        self._patience = as_seconds(timeout)
 
     @abstractmethod
     def _call(self, command: str, args: list[Any], timeout: float) -> Any:
@@ -167,30 +231,45 @@ class Store(ABC):
 
     def set(self, key: str, value: bytes | str) -> None:
         """Store `value` under `key`, replacing what is there."""
-        self._call("set", [key, _as_bytes(value)], self.timeout)
+        self._call("set", [key, _as_bytes(value)], self._patience)
 
-    def get(self, key: str, timeout: float | None = None) -> bytes:
+    def get(self, key: str, timeout: Timeout | None = None) -> bytes:
         """The value of `key`; waits until there is one."""
-        return bytes(self._call("get", [key], self._patience(timeout)))
+        return bytes(self._call("get", [key], self._wait_for(timeout)))
+
+    def multi_get(self, keys: Iterable[str]) -> list[bytes]:
+        """The values of `keys`, all of one moment; waits until all of them exist."""
+        return list(self._call("multi_get", [list(keys)], self._patience))
+
+    def multi_set(self, keys: Iterable[str], values: Iterable[bytes | str]) -> None:
+        """Store value i under key i, for all at one moment; ValueError unless equally many."""
+        names, contents = list(keys), [_as_bytes(value) for value in values]
+        if len(names) != len(contents):
+            raise ValueError(f"multi_set: {len(names)} keys, but {len(contents)} values")
+        self._call("multi_set", [names, contents], self._patience)
+
+    def append(self, key: str, value: bytes | str) -> None:
+        """Put `value` behind what is stored under `key` (nothing when it is new)."""
+        self._call("append", [key, _as_bytes(value)], self._patience)
 
     def add(self, key: str, amount: int) -> int:
         """Add to the counter `key` (0 when it is new) and return its new value.
 
         Kept as decimal text.
         """
-        return int(self._call("add", [key, int(amount)], self.timeout))
+        return int(self._call("add", [key, int(amount)], self._patience))
 
     def check(self, keys: Iterable[str]) -> bool:
         """Whether all `keys` exist now."""
-        return bool(self._call("check", [list(keys)], self.timeout))
+        return bool(self._call("check", [list(keys)], self._patience))
 
-    def wait(self, keys: Iterable[str], timeout: float | None = None) -> None:
+    def wait(self, keys: Iterable[str], timeout: Timeout | None = None) -> None:
         """Wait until all `keys` exist."""
-        self._call("wait", [list(keys)], self._patience(timeout))
+        self._call("wait", [list(keys)], self._wait_for(timeout))
 
-    def delete(self, key: str) -> bool:
+    def delete_key(self, key: str) -> bool:
         """Remove `key`; whether it was there."""
-        return bool(self._call("delete", [key], self.timeout))
+        return bool(self._call("delete_key", [key], self._patience))
 
     def compare_set(self, key: str, expected: bytes | str, desired: bytes | str) -> bytes:
         """Set `key` to `desired` if its value is `expected` (or it is absent and `expected` is
@@ -200,14 +279,41 @@ class Store(ABC):
         does.
         """
         args = [key, _as_bytes(expected), _as_bytes(desired)]
-        return bytes(self._call("compare_set", args, self.timeout))
+        return bytes(self._call("compare_set", args, self._patience))
 
     def num_keys(self) -> int:
         """How many keys there are; gathers are not keys."""
-        return int(self._call("num_keys", [], self.timeout))
+        return int(self._call("num_keys", [], self._patience))
+
+    def list_keys(self) -> list[str]:
+        """The keys there are now; queues and gathers are not keys."""
+        return list(self._call("list_keys", [""], self._patience))
+
+    def queue_push(self, key: str, value: bytes | str) -> None:
+        """Put `value` at the end of the queue `key`. Queues and keys do not share names."""
+        self._call("queue_push", [key, _as_bytes(value)], self._patience)
+
+    def queue_pop(self, key: str, block: bool = True) -> bytes:
+        """Take the first value of the queue `key`, which nobody else gets.
+
+        An empty queue is waited for, or without `block` raises `QueueEmptyError`.
+        """
+        return bytes(self._call("queue_pop", [key, bool(block)], self._patience))
+
+    def queue_len(self, key: str) -> int:
+        """How many values wait in the queue `key`."""
+        return int(self._call("queue_len", [key], self._patience))
+
+    def has_extended_api(self) -> bool:
+        """True: every kind of store has `append`, `multi_get` and `multi_set`."""
+        return True
+
+    @abstractmethod
+    def clone(self) -> Store:
+        """Another client of the same keys, with a `timeout` of its own; close it like this one."""
 
     def gather(
-        self, key: str, rank: int, size: int, value: bytes, timeout: float | None = None
+        self, key: str, rank: int, size: int, value: bytes, timeout: Timeout | None = None
     ) -> list[bytes]:
         """Give `value` and get the values of all `size` ranks, in rank order: one round trip per
         rank.
@@ -218,14 +324,14 @@ class Store(ABC):
         """
         if not 0 <= rank < size:
             raise ValueError(f"gather {key!r}: rank {rank} is not in range({size})")
-        return self._gather(key, rank, size, bytes(value), self._patience(timeout))
+        return self._gather(key, rank, size, bytes(value), self._wait_for(timeout))
 
     @abstractmethod
     def close(self) -> None:
         """Give back sockets, threads and files; idempotent."""
 
-    def _patience(self, timeout: float | None) -> float:
-        return self.timeout if timeout is None else float(timeout)
+    def _wait_for(self, timeout: Timeout | None) -> float:
+        return self._patience if timeout is None else as_seconds(timeout)
 
     def __enter__(self) -> Self:
         return self

@@ -20,7 +20,15 @@ from typing import Any
 
 import msgpack
 
-from dtrain.comm.store.base import DEFAULT_TIMEOUT, MUTATING, NotYet, Store, Table, timed_out
+from dtrain.comm.store.base import (
+    DEFAULT_TIMEOUT,
+    MUTATING,
+    NotYet,
+    Store,
+    Table,
+    Timeout,
+    timed_out,
+)
 from dtrain.errors import DistStoreError
 from dtrain.wire import dumps
 
@@ -40,7 +48,7 @@ class FileStore(Store):
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, run_id: str = "", timeout: float = DEFAULT_TIMEOUT
+        self, path: str | os.PathLike[str], *, run_id: str = "", timeout: Timeout = DEFAULT_TIMEOUT
     ) -> None:
         super().__init__(timeout)
         self.path, self.run_id = Path(path), run_id
@@ -155,6 +163,11 @@ class FileStore(Store):
         os.ftruncate(self._fd, self._at)
         os.pwrite(self._fd, data, self._at)
         self._at += len(data)
+
+    def clone(self) -> FileStore:
+        twin = object.__new__(type(self))  # a subclass may have another __init__
+        FileStore.__init__(twin, self.path, run_id=self.run_id, timeout=self.timeout)
+        return twin
 
     def close(self) -> None:
         """Close the file; it stays where it is."""

@@ -10,7 +10,15 @@ import threading
 import time
 from typing import Any
 
-from dtrain.comm.store.base import DEFAULT_TIMEOUT, MUTATING, NotYet, Store, Table, timed_out
+from dtrain.comm.store.base import (
+    DEFAULT_TIMEOUT,
+    MUTATING,
+    NotYet,
+    Store,
+    Table,
+    Timeout,
+    timed_out,
+)
 
 __all__ = ["MemoryStore"]
 
@@ -18,7 +26,7 @@ __all__ = ["MemoryStore"]
 class MemoryStore(Store):
     """One object that all thread ranks share."""
 
-    def __init__(self, timeout: float = DEFAULT_TIMEOUT) -> None:
+    def __init__(self, timeout: Timeout = DEFAULT_TIMEOUT) -> None:
         super().__init__(timeout)
         self._table = Table()
         self._changed = threading.Condition()
@@ -40,6 +48,11 @@ class MemoryStore(Store):
     def _gather(self, key: str, rank: int, size: int, value: bytes, timeout: float) -> list[bytes]:
         number = self._call("join", [key, rank, size, value], timeout)
         return list(self._call("collect", [key, number, rank], timeout))
+
+    def clone(self) -> MemoryStore:
+        twin = type(self)(self.timeout)
+        twin._table, twin._changed = self._table, self._changed
+        return twin
 
     def close(self) -> None:
         """Nothing to give back: the store ends with its last reference."""

@@ -17,7 +17,8 @@ class PrefixStore(Store):
     """`PrefixStore("a", store)` keeps `key` as "a/key" in `store`; it owns nothing, so `close` does
     nothing.
 
-    `num_keys` counts the keys of the whole underlying store, as in torch.
+    `num_keys` counts the keys of the whole underlying store, as in torch; `list_keys` lists those
+    of this part.
     """
 
     def __init__(self, prefix: str, store: Store) -> None:
@@ -30,13 +31,20 @@ class PrefixStore(Store):
             first, *rest = args
             keys = [self._key(k) for k in first] if isinstance(first, list) else self._key(first)
             args = [keys, *rest]
-        return self.underlying_store._call(command, args, timeout)
+        result = self.underlying_store._call(command, args, timeout)
+        if command == "list_keys":
+            return [key.removeprefix(self._key("")) for key in result]
+        return result
 
     def _gather(self, key: str, rank: int, size: int, value: bytes, timeout: float) -> list[bytes]:
         return self.underlying_store._gather(self._key(key), rank, size, value, timeout)
 
     def _key(self, key: str) -> str:
         return f"{self.prefix}/{key}"
+
+    def clone(self) -> PrefixStore:
+        """The same part of the same underlying store object, which is not cloned."""
+        return PrefixStore(self.prefix, self.underlying_store)
 
     def close(self) -> None:
         """Nothing to give back: the underlying store is its owner's."""

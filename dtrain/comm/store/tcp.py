@@ -20,7 +20,15 @@ from typing import Any, Self
 import zmq
 
 from dtrain.comm import security
-from dtrain.comm.store.base import DEFAULT_TIMEOUT, MUTATING, NotYet, Store, Table, timed_out
+from dtrain.comm.store.base import (
+    DEFAULT_TIMEOUT,
+    MUTATING,
+    NotYet,
+    Store,
+    Table,
+    Timeout,
+    timed_out,
+)
 from dtrain.errors import (
     DistError,
     DistNetworkError,
@@ -30,7 +38,7 @@ from dtrain.errors import (
     from_wire,
     to_wire,
 )
-from dtrain.wire import Header, WireError, dumps, loads, pack, unpack
+from dtrain.wire import Header, dumps, loads, pack, unpack
 
 __all__ = ["StoreServer", "TcpStore"]
 
@@ -110,8 +118,8 @@ class StoreServer:
             if self._stop_read in ready:
                 return
             if self._socket in ready:
-                client, frame = self._socket.recv_multipart()[:2]
-                self._handle(client, frame)
+                client, *frames = self._socket.recv_multipart()
+                self._handle(client, b"".join(frames))
             self._expire()
 
     def _patience(self) -> int:
@@ -133,7 +141,7 @@ class StoreServer:
                 self._retry_parked()
                 command, args = "collect", [key, joined, rank]
             parked = _Parked(client, number, command, args, timeout, time.monotonic() + timeout)
-        except (DistStoreError, WireError, TypeError, ValueError) as error:
+        except Exception as error:  # whatever a client sends, the server goes on and says what
             self._reply(client, number, _ERROR, to_wire(_as_store_error(error)))
             return
         if not self._try(parked):
@@ -147,7 +155,7 @@ class StoreServer:
             result = self._table.do(request.command, request.args)
         except NotYet:
             return False
-        except (DistStoreError, TypeError) as error:
+        except Exception as error:
             wire = to_wire(_as_store_error(error))
             self._reply(request.client, request.number, _ERROR, wire)
         else:
@@ -159,13 +167,15 @@ class StoreServer:
 
     def _expire(self) -> None:
         now = time.monotonic()
-        for parked in [p for p in self._parked if p.deadline <= now]:
-            self._parked.remove(parked)
+        for late in [parked for parked in self._parked if parked.deadline <= now]:
+            self._parked.remove(late)
             try:
-                self._table.do(parked.command, parked.args)
+                result = self._table.do(late.command, late.args)
             except NotYet as waiting:
-                error = timed_out(waiting, parked.timeout)
-                self._reply(parked.client, parked.number, _ERROR, to_wire(error))
+                wire = to_wire(timed_out(waiting, late.timeout))
+                self._reply(late.client, late.number, _ERROR, wire)
+            else:
+                self._reply(late.client, late.number, _RESULT, result)
 
     def _reply(self, client: bytes, number: int, kind: int, value: Any) -> None:
         try:
@@ -193,7 +203,7 @@ class TcpStore(Store):
         port: int,
         *,
         is_master: bool = False,
-        timeout: float = DEFAULT_TIMEOUT,
+        timeout: Timeout = DEFAULT_TIMEOUT,
     ) -> None:
         super().__init__(timeout)
         self._server = StoreServer(host, port) if is_master else None
@@ -237,6 +247,10 @@ class TcpStore(Store):
                 self._idle.append(line)
             else:
                 line.close()
+
+    def clone(self) -> TcpStore:
+        """One more client; the server stays with this one if it is the master."""
+        return type(self)(self.host, self.port, timeout=self.timeout)
 
     def close(self) -> None:
         """Close the connections and, on the master, the server.
