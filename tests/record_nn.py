@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -48,3 +49,29 @@ def module_scenarios() -> dict[str, Any]:
     """{name of a scenario: what it returned}."""
     torch.manual_seed(0)
     return {name: function(torch) for name, function in SCENARIOS.items()}
+
+
+@recording
+def module_signatures() -> dict[str, Any]:
+    """{class: {"home": its module, "__init__": ..., "forward": ...: [[parameter, default]]}}."""
+    classes = {
+        name: kind
+        for name, kind in vars(nn).items()
+        if isinstance(kind, type) and issubclass(kind, nn.Module)
+    }
+    return {
+        name: {"home": kind.__module__, "__init__": _parameters(kind), "forward": _forward(kind)}
+        for name, kind in classes.items()
+    }
+
+
+def _parameters(kind: type) -> list[list[Any]]:
+    return [
+        [name, None if parameter.default is inspect.Parameter.empty else repr(parameter.default)]
+        for name, parameter in inspect.signature(kind).parameters.items()
+        if parameter.kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    ]
+
+
+def _forward(kind: type) -> list[str]:
+    return list(inspect.signature(kind.forward).parameters)

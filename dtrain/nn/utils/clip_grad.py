@@ -73,7 +73,10 @@ def clip_grads_with_norm_(
     for parameter in _listed(parameters):
         if parameter.grad is not None:
             data = parameter.grad._data
-            np.multiply(data, data.dtype.type(scale), out=data)
+            with np.errstate(
+                invalid="ignore", over="ignore"
+            ):  # inf and nan are values, as in torch
+                np.multiply(data, data.dtype.type(scale), out=data)
             parameter.grad._bump_version()
 
 
