@@ -5,6 +5,7 @@ Markdown is read with a few regular expressions, enough for the plain form our p
 
 from __future__ import annotations
 
+import ast
 import math
 import re
 import subprocess
@@ -14,10 +15,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.tree import ROOT, SHIPPED
+from dtrun.cli import make_parser
+from dtrun.spec import Attempt, Spec, environment
+from tests import doc_tables, pages
+from tests.tree import ROOT, SHIPPED, sources
 
 README = ROOT / "README.md"
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PROGRAMS = [page for page in DOCS if pages.programs(page.read_text(encoding="utf-8"))]
+CONSOLES = [page for page in DOCS if pages.commands(page.read_text(encoding="utf-8"))]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 EXAMPLE_LINES = 150
 NUMBER = re.compile(r"\d+\.\d+")
@@ -129,6 +136,61 @@ def test_the_architecture_names_what_is_there():
     assert not [name for name in names if name != "py.typed" and name not in text]
 
 
+@pytest.mark.parametrize("page", PROGRAMS, ids=lambda page: page.name)
+def test_the_programs_of_a_page_print_what_it_shows(page, tmp_path):
+    programs = pages.programs(page.read_text(encoding="utf-8"))
+    printed = pages.run_page(page, tmp_path)
+    for program, output in zip(programs, printed, strict=True):
+        assert pages.matches(program.shown, output), f"{program.code}\nprints:\n{output}"
+
+
+@pytest.mark.parametrize("page", CONSOLES, ids=lambda page: page.name)
+def test_the_commands_of_a_page_print_what_it_shows(page, tmp_path):
+    text = page.read_text(encoding="utf-8")
+    for name, content in pages.files(text).items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    for command, shown in pages.commands(text):
+        printed = pages.run_command(command, tmp_path)
+        assert pages.matches(shown, printed), f"$ {command}\nprints:\n{printed}"
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+def test_no_block_of_a_page_goes_unread(page):
+    """Output stands behind the program that prints it; other languages are not run."""
+    languages = {b.language for b in pages.blocks(page.read_text(encoding="utf-8"))}
+    assert languages <= pages.LANGUAGES - {"text"}
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+def test_generated_tables_are_current(page):
+    text = page.read_text(encoding="utf-8")
+    assert doc_tables.filled(text) == text, "run: python -m tests.doc_tables"
+
+
+def variables_read() -> set[str]:
+    """Every name that the shipped source looks up in an environment."""
+    found = set()
+    for path in sources().values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.expr) and "environ" in ast.unparse(node):
+                found |= {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
+    return {n for n in found if isinstance(n, str) and re.fullmatch(r"[A-Z][A-Z_]{3,}", n)}
+
+
+def test_every_environment_variable_is_documented():
+    text = (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")
+    read = variables_read()
+    assert {"RANK", "DTRAIN_LOG", "PYTHON_EXEC", "XDG_RUNTIME_DIR"} <= read
+    assert not [name for name in read if f"`{name}`" not in text]
+
+
+def test_dtruns_page_has_what_a_rank_is_given_and_every_flag():
+    text = (ROOT / "docs" / "dtrun.md").read_text(encoding="utf-8")
+    given = environment(Spec("x.py", nproc=2), Attempt(0, "", 0, "", ""), 0, {})
+    assert not [name for name in given if f"`{name}`" not in text]
+    assert not [flag for flag in make_parser().flags if f"`{flag}`" not in text]
+
+
 def test_the_checkers_see(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
@@ -144,3 +206,44 @@ def test_the_checkers_see(tmp_path):
     assert not same_but_for_rounding("step 1 loss 0.5000", "step 2 loss 0.5000")
     assert not same_but_for_rounding("loss 0.5", "loss 0.5 0.5")
     assert of_the_ranks("dtrun: 2 cores\n[rank1]: b\n[rank0]: a\n") == "[rank0]: a\n[rank1]: b"
+
+
+PAGE = """```python
+print(1 / 3)
+```
+
+```text
+0.33...
+```
+
+```python
+# file: one.py
+print("one")
+```
+
+```console
+$ python one.py
+two
+```
+
+```python
+raise KeyError("x")
+```
+"""
+
+
+def test_the_runner_of_pages_sees(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(PAGE)
+    third, raising = pages.programs(PAGE)
+    assert third.shown == "0.33...\n"
+    printed = pages.run_page(page, tmp_path)
+    assert pages.matches(third.shown, printed[0])
+    assert printed[1] == "KeyError: 'x'\n"
+    assert not pages.matches(raising.shown, printed[1])
+    assert pages.files(PAGE) == {"one.py": 'print("one")\n'}
+    assert pages.commands(PAGE) == [("python one.py", "two\n")]
+    (tmp_path / "one.py").write_text('print("one")\n')
+    assert pages.run_command("python one.py", tmp_path) == "one\n"
+    assert pages.matches("[rank0]: a\n[rank1]: b\n", "[rank1]: b\n[rank0]: a\n")
+    assert not pages.matches("[rank0]: a\n", "[rank0]: b\n")
