@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from dtrain.dtypes import float64
-from dtrain.ops.create import as_tensor, tensor
+from dtrain.ops.create import as_tensor, from_numpy, tensor
 from dtrain.ops.join import stack
 from dtrain.tensor import Tensor
 
@@ -30,10 +30,11 @@ def default_collate(batch: Sequence[Any]) -> Any:
     """
     first = batch[0]
     if isinstance(first, Tensor):
-        return stack(batch)
+        recorded = any(sample._requires_grad for sample in batch)
+        return stack(batch) if recorded else _stack_arrays([sample._data for sample in batch])
     if isinstance(first, np.ndarray):
         _refuse_text(first)
-        return stack([as_tensor(array) for array in batch])
+        return _stack_arrays(batch)
     if isinstance(first, (np.bool_, np.number)):
         return as_tensor(np.asarray(batch))
     if isinstance(first, float):
@@ -52,6 +53,14 @@ def default_collate(batch: Sequence[Any]) -> Any:
 def _refuse_text(array: np.ndarray) -> None:
     if array.dtype.kind in "SUO":
         raise TypeError(REFUSED.format(array.dtype))
+
+
+def _stack_arrays(arrays: Sequence[np.ndarray]) -> Any:
+    """`stack` of arrays; without the cost of a tensor for each where they are all alike."""
+    first = arrays[0]
+    if all(a.shape == first.shape and a.dtype == first.dtype for a in arrays):
+        return from_numpy(np.stack(arrays))
+    return stack([as_tensor(a) for a in arrays])  # promotes, or says what differs
 
 
 def _collate_fields(batch: Sequence[Any], first: Any) -> Any:

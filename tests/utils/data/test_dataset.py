@@ -129,6 +129,7 @@ def test_bases_say_what_is_missing():
         ([np.float32(1), np.float32(2)], torch.float32, [1, 2]),
         ([np.array([1, 2], np.int16)] * 2, torch.int16, [[1, 2], [1, 2]]),
         ([torch.zeros(2), torch.ones(2)], torch.float32, [[0, 0], [1, 1]]),
+        ([torch.zeros(1), torch.tensor([1])], torch.float32, [[0], [1]]),
     ],
 )
 def test_leaves_are_stacked(samples, dtype, values):
@@ -160,6 +161,12 @@ def test_gradients_flow_through_a_batch():
     [
         ([object()], TypeError, "must contain tensors, numpy arrays, numbers, dicts or lists; fo"),
         ([np.array(["a"])], TypeError, "found <U1"),
+        (
+            [torch.ones(2), torch.ones(3)],
+            RuntimeError,
+            "stack expects each tensor to be equal size",
+        ),
+        ([np.ones(2), np.ones(3)], RuntimeError, "stack expects each tensor to be equal size"),
         ([[1, 2], [3]], RuntimeError, "each element in list of batch should be of equal size"),
     ],
 )
