@@ -23,7 +23,7 @@ def functional() -> dict[str, np.ndarray]:
 
 @recording
 def functional_signatures() -> dict[str, Any]:
-    """{name: [[parameter, repr of its default or null], ...]} of the functions written in Python."""
+    """{name: [[parameter, repr of its default or null], ...]}: the functions in Python."""
     found = {}
     for name, function in sorted(vars(torch.nn.functional).items()):
         if name.startswith("_") or not inspect.isfunction(function):

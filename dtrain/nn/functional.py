@@ -31,6 +31,7 @@ from dtrain.ops.conv import (
     conv_transpose2d as conv_transpose2d,
 )
 from dtrain.ops.elementwise import sigmoid as _sigmoid, tanh as _tanh
+from dtrain.ops.embedding import embedding as _embedding, one_hot as one_hot
 from dtrain.ops.gelu import gelu as gelu, silu as _silu
 from dtrain.ops.image import (
     fold as fold,
@@ -38,7 +39,6 @@ from dtrain.ops.image import (
     pad as pad,
     unfold as unfold,
 )
-from dtrain.ops.embedding import embedding as _embedding, one_hot as one_hot
 from dtrain.ops.inplace import update
 from dtrain.ops.linalg import linear as linear
 from dtrain.ops.norm import (

@@ -122,9 +122,12 @@ def _composite(
         array = scores._data if isinstance(scores, Value) else scores
         rows, columns = array.shape[-2:]
         scores = scores + np.triu(np.full((rows, columns), -np.inf, array.dtype), 1)
-    weights = softmax(scores, -1)
-    if mask is not None:
-        weights = where(weights == weights, weights, 0.0)  # rows where all is masked are nan
+    if mask is None:
+        weights = softmax(scores, -1)
+    else:  # rows where all is masked are 0, not 0 / 0
+        array = scores._data if isinstance(scores, Value) else scores
+        alive = (array > -np.inf).any(-1, keepdims=True)
+        weights = softmax(where(alive, scores, 0.0), -1) * alive
     return matmul(weights if noise is None else weights * noise, v)
 
 

@@ -292,10 +292,9 @@ def batch_norm(
             raise RuntimeError(f"{name} should contain {channels} elements not {value.shape[0]}")
     if training:
         return _normalized_by_batch(input, running_mean, running_var, weight, bias, momentum, eps)
-    if running_mean is None or running_var is None:
-        raise RuntimeError(
-            "Expected running_mean and running_var to be defined when training=False"
-        )
+    for name, value in (("running_mean", running_mean), ("running_var", running_var)):
+        if value is None:
+            raise RuntimeError(f"{name} must be defined in evaluation mode")
     by_channel = (channels,) + (1,) * (input.ndim - 2)
     scale = rsqrt(running_var + eps)
     scale = scale if weight is None else scale * weight

@@ -2,7 +2,7 @@
 
 erf is approximated by polynomials through Chebyshev nodes; tests/ops/test_special.py
 derives the coefficients again from `math.erf` and `math.erfc`.
-float64: within 3e-15 of erf; float32: within 2.5e-7 of it, relatively (2 units in the last place).
+float64: within 3e-15 of erf; float32: within 3e-7 of it, relatively.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def _losses(reduction: str) -> list[Case]:
 
 def _attention() -> list[Case]:
     def qkv(*shape: int) -> dict[str, Any]:
-        return {name: ("x", shape) for name in "qkv"}
+        return dict.fromkeys("qkv", ("x", shape))
 
     f = "scaled_dot_product_attention(q, k, v"
     cases = [
@@ -171,7 +171,7 @@ def _others() -> list[Case]:
 
 
 def _seeded() -> list[Case]:
-    qkv = {name: ("x", (2, 3, 5, 4)) for name in "qkv"}
+    qkv = dict.fromkeys("qkv", ("x", (2, 3, 5, 4)))
     return [
         ("dropout(x, 0.3)", {"x": ("x", (5, 7))}),
         ("dropout2d(x, 0.4)", {"x": ("x", (4, 3, 2, 2))}),

@@ -1,0 +1,88 @@
+"""Normalisation: running statistics, far-off means, and torch's sentences."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import dtrain
+from dtrain.nn import functional as F
+
+
+def test_running_statistics_move_in_place_by_momentum():
+    x = np.random.RandomState(0).randn(4, 3, 5).astype(np.float32)
+    mean, var = dtrain.zeros(3), dtrain.ones(3)
+    memory = mean.data_ptr()
+    F.batch_norm(dtrain.from_numpy(x), mean, var, training=True, momentum=0.25)
+    assert mean.data_ptr() == memory
+    np.testing.assert_allclose(mean.numpy(), 0.25 * x.mean((0, 2)), rtol=1e-5, atol=1e-7)
+    unbiased = x.var((0, 2), ddof=1)
+    np.testing.assert_allclose(var.numpy(), 0.75 + 0.25 * unbiased, rtol=1e-5)
+
+
+def test_evaluation_leaves_the_running_statistics_alone():
+    mean, var = dtrain.tensor([1.0]), dtrain.tensor([4.0])
+    y = F.batch_norm(dtrain.tensor([[3.0], [5.0]]), mean, var, eps=0.0)
+    assert y.flatten().tolist() == [1.0, 2.0]
+    assert (mean.item(), var.item()) == (1.0, 4.0)
+
+
+@pytest.mark.parametrize("function", ["layer", "batch", "group"])
+def test_a_far_off_mean_does_not_spoil_the_variance(function):
+    # a variance taken as mean(x^2) - mean(x)^2 would be nothing but rounding here
+    x = np.random.RandomState(0).randn(64, 8, 32).astype(np.float32)
+    far = dtrain.from_numpy(x + 1000)
+    if function == "layer":
+        y, axes = F.layer_norm(far, (32,)), (2,)
+    elif function == "batch":
+        y, axes = F.batch_norm(far, None, None, training=True), (0, 2)
+    else:
+        y, axes = F.group_norm(far, 8), (2,)
+    assert y.dtype is dtrain.float32
+    np.testing.assert_allclose(y.numpy().var(axes), 1, rtol=2e-3)
+    np.testing.assert_allclose(y.numpy().mean(axes), 0, atol=2e-3)
+
+
+def test_many_samples_in_groups_of_a_few():
+    x = np.random.RandomState(0).randn(37, 3, 20000)
+    leaf = dtrain.tensor(x, requires_grad=True)
+    y = F.batch_norm(leaf, None, None, training=True, eps=0.0)
+    axes = {"axis": (0, 2), "keepdims": True}
+    np.testing.assert_allclose(y.detach().numpy(), (x - x.mean(**axes)) / x.std(**axes), atol=1e-10)
+    (y * y).sum().backward()  # the sum of squares is constant
+    np.testing.assert_allclose(leaf.grad.numpy(), 0, atol=1e-10)
+
+
+R = dtrain.zeros
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "sentence"),
+    [
+        (lambda: F.layer_norm(R(2, 3), (4,)), RuntimeError,
+         "Given normalized_shape=[4], expected input with shape [*, 4], but got input of size"
+         "[2, 3]"),
+        (lambda: F.layer_norm(R(2, 3), (3,), weight=R(4)), RuntimeError,
+         "Expected weight to be of same shape as normalized_shape, but got weight of shape [4] and "
+         "normalized_shape = [3]"),
+        (lambda: F.layer_norm(R(2, 3), ()), RuntimeError,
+         "Expected normalized_shape to be at least 1-dimensional"),
+        (lambda: F.group_norm(R(2, 6), 4), RuntimeError,
+         "Expected number of channels in input to be divisible by num_groups, but got input of "
+         "shape [2, 6] and num_groups=4"),
+        (lambda: F.group_norm(R(2), 1), RuntimeError,
+         "Expected at least 2 dimensions for input tensor but received 1"),
+        (lambda: F.batch_norm(R(1, 3), None, None, training=True), ValueError,
+         "Expected more than 1 value per channel when training, got input size"),
+        (lambda: F.batch_norm(R(2, 3), None, None), RuntimeError,
+         "running_mean must be defined in evaluation mode"),
+        (lambda: F.batch_norm(R(2, 3), R(3), None), RuntimeError,
+         "running_var must be defined in evaluation mode"),
+        (lambda: F.batch_norm(R(2, 3), R(4), R(4)), RuntimeError,
+         "running_mean should contain 3 elements not 4"),
+    ],
+)  # fmt: skip
+def test_refusals(call, kind, sentence):
+    with pytest.raises(kind) as refusal:
+        call()
+    assert sentence in str(refusal.value)
