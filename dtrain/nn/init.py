@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from dtrain.autograd.grad_mode import no_grad
-from dtrain.autograd.op import make
+from dtrain.autograd.node import make
 from dtrain.generator import Generator
 from dtrain.ops.inplace import write
 from dtrain.ops.random import source_of
@@ -46,7 +46,7 @@ def uniform_(
     tensor: Tensor, a: float = 0.0, b: float = 1.0, generator: Generator | None = None
 ) -> Tensor:
     """Uniform on [a, b)."""
-    return tensor.uniform_(a, b, generator=generator)  # type: ignore[attr-defined,no-any-return]
+    return tensor.uniform_(a, b, generator=generator)
 
 
 @no_grad()
@@ -54,7 +54,7 @@ def normal_(
     tensor: Tensor, mean: float = 0.0, std: float = 1.0, generator: Generator | None = None
 ) -> Tensor:
     """Normal with the given mean and standard deviation."""
-    return tensor.normal_(mean, std, generator=generator)  # type: ignore[attr-defined,no-any-return]
+    return tensor.normal_(mean, std, generator=generator)
 
 
 @no_grad()

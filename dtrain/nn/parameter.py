@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 
 from dtrain import dtypes
-from dtrain.autograd.op import make
+from dtrain.autograd.node import make
 from dtrain.tensor import Tensor, rebuild
 
 
 def _over(cls: type[Tensor], data: Tensor | None, requires_grad: bool | None) -> Any:
     """A leaf of class `cls` that shares memory and version with `data`."""
     if data is None:
-        data = make(np.empty(0, dtypes.get_default_dtype().numpy))  # type: ignore[assignment]
+        data = make(np.empty(0, dtypes.get_default_dtype().numpy))
     if not isinstance(data, Tensor):
         raise TypeError(
             f"cannot make a {cls.__name__} of a {type(data).__name__}: expected a Tensor; "

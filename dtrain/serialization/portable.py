@@ -91,7 +91,7 @@ def parts_of(tensor: Tensor, storage: Storage, shared: bool) -> tuple[Global, tu
 
 
 def _address(array: np.ndarray) -> int:
-    return array.__array_interface__["data"][0]  # type: ignore[no-any-return]
+    return array.__array_interface__["data"][0]
 
 
 # --- putting them together -----------------------------------------------------------------------

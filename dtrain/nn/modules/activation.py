@@ -30,28 +30,28 @@ class ReLU(_InPlace):
     """max(x, 0). Source: torch.nn.ReLU."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.relu(input, self.inplace)  # type: ignore[no-any-return]
+        return F.relu(input, self.inplace)
 
 
 class SiLU(_InPlace):
     """x sigmoid(x). Source: torch.nn.SiLU."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.silu(input, self.inplace)  # type: ignore[no-any-return]
+        return F.silu(input, self.inplace)
 
 
 class Mish(_InPlace):
     """x tanh(softplus(x)). Source: torch.nn.Mish."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.mish(input, self.inplace)  # type: ignore[no-any-return]
+        return F.mish(input, self.inplace)
 
 
 class SELU(_InPlace):
     """ELU scaled so that activations keep mean 0 and variance 1. Source: torch.nn.SELU."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.selu(input, self.inplace)  # type: ignore[no-any-return]
+        return F.selu(input, self.inplace)
 
 
 class Hardsigmoid(Module):
@@ -62,14 +62,14 @@ class Hardsigmoid(Module):
         self.inplace = inplace
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.hardsigmoid(input, self.inplace)  # type: ignore[no-any-return]
+        return F.hardsigmoid(input, self.inplace)
 
 
 class Hardswish(Hardsigmoid):
     """x hardsigmoid(x). Source: torch.nn.Hardswish."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.hardswish(input, self.inplace)  # type: ignore[no-any-return]
+        return F.hardswish(input, self.inplace)
 
 
 class Threshold(Module):
@@ -82,7 +82,7 @@ class Threshold(Module):
         self.inplace = inplace
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.threshold(input, self.threshold, self.value, self.inplace)  # type: ignore[no-any-return]
+        return F.threshold(input, self.threshold, self.value, self.inplace)
 
     def extra_repr(self) -> str:
         inplace = ", inplace=True" if self.inplace else ""
@@ -101,7 +101,7 @@ class Hardtanh(Module):
         self.inplace = inplace
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.hardtanh(input, self.min_val, self.max_val, self.inplace)  # type: ignore[no-any-return]
+        return F.hardtanh(input, self.min_val, self.max_val, self.inplace)
 
     def extra_repr(self) -> str:
         inplace = ", inplace=True" if self.inplace else ""
@@ -127,7 +127,7 @@ class LeakyReLU(Module):
         self.inplace = inplace
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.leaky_relu(input, self.negative_slope, self.inplace)  # type: ignore[no-any-return]
+        return F.leaky_relu(input, self.negative_slope, self.inplace)
 
     def extra_repr(self) -> str:
         inplace = ", inplace=True" if self.inplace else ""
@@ -143,7 +143,7 @@ class ELU(Module):
         self.inplace = inplace
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.elu(input, self.alpha, self.inplace)  # type: ignore[no-any-return]
+        return F.elu(input, self.alpha, self.inplace)
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}" + (", inplace=True" if self.inplace else "")
@@ -175,7 +175,7 @@ class PReLU(Module):
         _init.constant_(self.weight, self.init)
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.prelu(input, self.weight)  # type: ignore[no-any-return]
+        return F.prelu(input, self.weight)
 
     def extra_repr(self) -> str:
         return f"num_parameters={self.num_parameters}"
@@ -192,7 +192,7 @@ class GELU(Module):
         self.approximate = approximate
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.gelu(input, approximate=self.approximate)  # type: ignore[no-any-return]
+        return F.gelu(input, approximate=self.approximate)
 
     def extra_repr(self) -> str:
         return f"approximate={self.approximate!r}"
@@ -202,21 +202,21 @@ class Sigmoid(Module):
     """1 / (1 + exp(-x)). Source: torch.nn.Sigmoid."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.sigmoid(input)  # type: ignore[no-any-return]
+        return F.sigmoid(input)
 
 
 class LogSigmoid(Module):
     """log(sigmoid(x)). Source: torch.nn.LogSigmoid."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.logsigmoid(input)  # type: ignore[no-any-return]
+        return F.logsigmoid(input)
 
 
 class Tanh(Module):
     """The hyperbolic tangent. Source: torch.nn.Tanh."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.tanh(input)  # type: ignore[no-any-return]
+        return F.tanh(input)
 
 
 class Softplus(Module):
@@ -228,7 +228,7 @@ class Softplus(Module):
         self.threshold = threshold
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.softplus(input, self.beta, self.threshold)  # type: ignore[no-any-return]
+        return F.softplus(input, self.beta, self.threshold)
 
     def extra_repr(self) -> str:
         return f"beta={self.beta}, threshold={self.threshold}"
@@ -252,25 +252,25 @@ class GLU(_Along):
         super().__init__(dim)
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.glu(input, self.dim)  # type: ignore[no-any-return]
+        return F.glu(input, self.dim)
 
 
 class Softmax(_Along):
     """exp(x) / sum(exp(x)) along `dim`, which must be given. Source: torch.nn.Softmax."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.softmax(input, self.dim)  # type: ignore[no-any-return]
+        return F.softmax(input, self.dim)
 
 
 class LogSoftmax(_Along):
     """log(softmax(x)) along `dim`, which must be given. Source: torch.nn.LogSoftmax."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.log_softmax(input, self.dim)  # type: ignore[no-any-return]
+        return F.log_softmax(input, self.dim)
 
 
 class Softmin(_Along):
     """softmax(-x) along `dim`, which must be given. Source: torch.nn.Softmin."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.softmin(input, self.dim)  # type: ignore[no-any-return]
+        return F.softmin(input, self.dim)

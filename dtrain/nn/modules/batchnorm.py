@@ -61,8 +61,8 @@ class _BatchNorm(_Affine):
         """Forget the batches seen."""
         if self.running_mean is not None:
             init.zeros_(self.running_mean)
-            init.ones_(self.running_var)  # type: ignore[arg-type]
-            self.num_batches_tracked.zero_()  # type: ignore[union-attr]
+            init.ones_(self.running_var)
+            self.num_batches_tracked.zero_()
 
     def reset_parameters(self) -> None:
         """Forget the batches seen; weight 1, bias 0."""
@@ -79,12 +79,12 @@ class _BatchNorm(_Affine):
         tracking = self.training and self.track_running_stats
         factor = self.momentum
         if tracking and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)  # type: ignore[attr-defined]
+            self.num_batches_tracked.add_(1)
             if factor is None:
                 factor = 1.0 / self.num_batches_tracked.item()
         of_batch = self.training or (self.running_mean is None and self.running_var is None)
         use_running = tracking or not self.training
-        return F.batch_norm(  # type: ignore[no-any-return]
+        return F.batch_norm(
             input,
             self.running_mean if use_running else None,
             self.running_var if use_running else None,

@@ -343,7 +343,7 @@ def note_place(error: Exception, call_code: CodeType) -> None:
     while frame is not None:
         if frame.f_code is call_code:
             modules.append(frame.f_locals["self"])
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     inner, outer = modules[0], modules[-1]
     names = {id(module): name for name, module in reversed(list(outer.named_modules()))}
     path = names.get(id(inner), "")

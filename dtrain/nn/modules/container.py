@@ -38,7 +38,7 @@ class _Listed(Module):
         return len(self._modules)
 
     def __iter__(self) -> Iterator[Module]:
-        return iter(self._modules.values())  # type: ignore[arg-type]
+        return iter(self._modules.values())
 
     def __setitem__(self, index: int, module: Module) -> None:
         setattr(self, self._key(index), module)
@@ -73,7 +73,7 @@ class _Listed(Module):
 
     def pop(self, key: int | slice) -> Any:
         """Remove the child at `key` and return it."""
-        module = self[key]  # type: ignore[index]
+        module = self[key]
         del self[key]
         return module
 
@@ -135,7 +135,7 @@ class Sequential(_Listed):
 
     def forward(self, input: Any) -> Any:
         for module in self._modules.values():
-            input = module(input)  # type: ignore[misc]
+            input = module(input)
         return input
 
 
@@ -163,7 +163,7 @@ class ModuleList(_Listed):
 
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
-            return type(self)(list(self._modules.values())[index])  # type: ignore[arg-type]
+            return type(self)(list(self._modules.values())[index])
         return self._modules[self._key(index)]
 
     def __add__(self, other: Iterable[Module]) -> ModuleList:
@@ -206,7 +206,7 @@ class ModuleDict(Module):
             self.update(modules)
 
     def __getitem__(self, key: str) -> Module:
-        return self._modules[key]  # type: ignore[return-value]
+        return self._modules[key]
 
     def __setitem__(self, key: str, module: Module) -> None:
         self.add_module(key, module)
@@ -229,7 +229,7 @@ class ModuleDict(Module):
 
     def pop(self, key: str) -> Module:
         """Remove the child of that name and return it."""
-        return self._modules.pop(key)  # type: ignore[return-value]
+        return self._modules.pop(key)
 
     def keys(self) -> Any:
         return self._modules.keys()

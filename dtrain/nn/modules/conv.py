@@ -139,7 +139,7 @@ class Conv1d(_Conv):
 
     def forward(self, input: Tensor) -> Tensor:
         input, padding = self._padded(input)
-        return F.conv1d(  # type: ignore[no-any-return]
+        return F.conv1d(
             input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups
         )
 
@@ -151,7 +151,7 @@ class Conv2d(_Conv):
 
     def forward(self, input: Tensor) -> Tensor:
         input, padding = self._padded(input)
-        return F.conv2d(  # type: ignore[no-any-return]
+        return F.conv2d(
             input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups
         )
 
@@ -199,7 +199,7 @@ class _ConvTranspose(_Conv):
             )
         least = [
             (input.shape[lead + i] - 1) * self.stride[i]
-            - 2 * self.padding[i]  # type: ignore[operator]
+            - 2 * self.padding[i]
             + self.dilation[i] * (self.kernel_size[i] - 1)
             + 1
             for i in range(self._dims)
@@ -219,7 +219,7 @@ class ConvTranspose1d(_ConvTranspose):
     _dims = 1
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-        return F.conv_transpose1d(  # type: ignore[no-any-return]
+        return F.conv_transpose1d(
             input, self.weight, self.bias, self.stride, self.padding,
             self._output_padding(input, output_size), self.groups, self.dilation,
         )  # fmt: skip
@@ -231,7 +231,7 @@ class ConvTranspose2d(_ConvTranspose):
     _dims = 2
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-        return F.conv_transpose2d(  # type: ignore[no-any-return]
+        return F.conv_transpose2d(
             input, self.weight, self.bias, self.stride, self.padding,
             self._output_padding(input, output_size), self.groups, self.dilation,
         )  # fmt: skip

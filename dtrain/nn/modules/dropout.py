@@ -24,7 +24,7 @@ class Dropout(Module):
         self.inplace = inplace
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.dropout(input, self.p, self.training, self.inplace)  # type: ignore[no-any-return]
+        return F.dropout(input, self.p, self.training, self.inplace)
 
     def extra_repr(self) -> str:
         return f"p={self.p}, inplace={self.inplace}"
@@ -34,11 +34,11 @@ class Dropout1d(Dropout):
     """Dropout of whole channels of (N, C, L) or (C, L). Source: torch.nn.Dropout1d."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.dropout1d(input, self.p, self.training, self.inplace)  # type: ignore[no-any-return]
+        return F.dropout1d(input, self.p, self.training, self.inplace)
 
 
 class Dropout2d(Dropout):
     """Dropout of whole channels of (N, C, H, W). Source: torch.nn.Dropout2d."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.dropout2d(input, self.p, self.training, self.inplace)  # type: ignore[no-any-return]
+        return F.dropout2d(input, self.p, self.training, self.inplace)

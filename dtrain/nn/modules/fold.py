@@ -37,9 +37,7 @@ class Unfold(_Windows):
     """(N, C, H, W) to (N, C * window, windows). Source: torch.nn.Unfold."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.unfold(  # type: ignore[no-any-return]
-            input, self.kernel_size, self.dilation, self.padding, self.stride
-        )
+        return F.unfold(input, self.kernel_size, self.dilation, self.padding, self.stride)
 
 
 class Fold(_Windows):
@@ -57,7 +55,7 @@ class Fold(_Windows):
         self.output_size = output_size
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.fold(  # type: ignore[no-any-return]
+        return F.fold(
             input, self.output_size, self.kernel_size, self.dilation, self.padding, self.stride
         )
 

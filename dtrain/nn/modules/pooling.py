@@ -85,7 +85,7 @@ class AvgPool1d(Module):
         self.count_include_pad = count_include_pad
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.avg_pool1d(  # type: ignore[no-any-return]
+        return F.avg_pool1d(
             input, self.kernel_size, self.stride, self.padding, self.ceil_mode,
             self.count_include_pad,
         )  # fmt: skip
@@ -115,7 +115,7 @@ class AvgPool2d(Module):
         self.divisor_override = divisor_override
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.avg_pool2d(  # type: ignore[no-any-return]
+        return F.avg_pool2d(
             input, self.kernel_size, self.stride, self.padding, self.ceil_mode,
             self.count_include_pad, self.divisor_override,
         )  # fmt: skip
@@ -139,11 +139,11 @@ class AdaptiveAvgPool1d(_AdaptiveAvgPool):
     """(N, C, L) to (N, C, output_size). Source: torch.nn.AdaptiveAvgPool1d."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.adaptive_avg_pool1d(input, self.output_size)  # type: ignore[no-any-return]
+        return F.adaptive_avg_pool1d(input, self.output_size)
 
 
 class AdaptiveAvgPool2d(_AdaptiveAvgPool):
     """(N, C, H, W) to (N, C, *output_size). Source: torch.nn.AdaptiveAvgPool2d."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.adaptive_avg_pool2d(input, self.output_size)  # type: ignore[no-any-return]
+        return F.adaptive_avg_pool2d(input, self.output_size)

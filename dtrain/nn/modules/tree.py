@@ -48,7 +48,7 @@ def missing_attribute(text: str, name: str, names: Callable[[], Iterable[str]]) 
 def type_name(value: Any) -> str:
     """The type of `value` as error sentences name it. Source: torch.typename."""
     if isinstance(value, Tensor):
-        return value.type()  # type: ignore[no-any-return]
+        return value.type()
     kind = value if isinstance(value, type) else type(value)
     return kind.__qualname__ if kind.__module__ == "builtins" else (
         f"{kind.__module__}.{kind.__qualname__}"
@@ -192,7 +192,7 @@ class Tree:
             return
         if remove_duplicate:
             memo.add(self)
-        yield prefix, self  # type: ignore[misc]
+        yield prefix, self
         for name, module in self._modules.items():
             if module is not None:
                 below = f"{prefix}.{name}" if prefix else name
@@ -273,15 +273,15 @@ class Tree:
             module = getattr(module, name)
             if not isinstance(module, Tree):
                 raise AttributeError(f"`{name}` is not an nn.Module")
-        return module  # type: ignore[no-any-return]
+        return module
 
     def get_parameter(self, target: str) -> Parameter:
         """The parameter at a dotted path."""
-        return self._get_member(target, "an nn.Parameter", "_parameters")  # type: ignore[no-any-return]
+        return self._get_member(target, "an nn.Parameter", "_parameters")
 
     def get_buffer(self, target: str) -> Tensor:
         """The buffer at a dotted path."""
-        return self._get_member(target, "a buffer", "_buffers")  # type: ignore[no-any-return]
+        return self._get_member(target, "a buffer", "_buffers")
 
     def _get_member(self, target: str, kind: str, table: str) -> Any:
         path, _, name = target.rpartition(".")

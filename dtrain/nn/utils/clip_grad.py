@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dtrain.autograd.op import make
+from dtrain.autograd.node import make
 from dtrain.tensor import Tensor
 
 

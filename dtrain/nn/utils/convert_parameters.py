@@ -14,7 +14,7 @@ from dtrain.tensor import Tensor
 
 def parameters_to_vector(parameters: Iterable[Tensor]) -> Tensor:
     """All parameters flattened and joined into one new 1-d tensor, in their order."""
-    return cat([parameter.reshape(-1) for parameter in parameters])  # type: ignore[attr-defined,no-any-return]
+    return cat([parameter.reshape(-1) for parameter in parameters])
 
 
 def vector_to_parameters(vec: Tensor, parameters: Iterable[Tensor]) -> None:
@@ -24,5 +24,5 @@ def vector_to_parameters(vec: Tensor, parameters: Iterable[Tensor]) -> None:
     start = 0
     for parameter in parameters:
         size = parameter.numel()
-        parameter.data = vec[start : start + size].view_as(parameter).data  # type: ignore[attr-defined]
+        parameter.data = vec[start : start + size].view_as(parameter).data
         start += size
