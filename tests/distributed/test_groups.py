@@ -170,3 +170,14 @@ def test_a_process_that_forgets_to_destroy_ends_silently(tmp_path):
         [sys.executable, script], capture_output=True, text=True, timeout=30, env=os.environ
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def check_sampler():
+    from dtrain.utils.data import DistributedSampler
+
+    sampler = DistributedSampler(range(6), shuffle=False)
+    assert list(sampler) == [dist.get_rank(), dist.get_rank() + 3]
+
+
+def test_a_distributed_sampler_knows_the_default_group():
+    run_distributed(3, check_sampler)

@@ -1,7 +1,7 @@
 """DistributedSampler: every rank reads its own share of a dataset.
 
-This package knows nothing of communication: who am I and how many are we is told by whoever does,
-`dtrain.distributed`, through `set_world`. Without it there is no process group to ask.
+This package knows nothing of communication: how many we are and who I am is asked of
+`dtrain.ranks`, which `dtrain.distributed` tells.
 Source: torch.utils.data.distributed.DistributedSampler.
 """
 
@@ -9,32 +9,11 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Iterator, Sized
 
 from dtrain.generator import Generator
+from dtrain.ranks import world
 from dtrain.utils.data.sampler import Sampler
-
-World = Callable[[], tuple[int, int]]
-
-
-def _nobody() -> tuple[int, int]:
-    raise ValueError(
-        "Default process group has not been initialized, please make sure to call "
-        "init_process_group. Or give DistributedSampler both num_replicas and rank."
-    )
-
-
-_world: World = _nobody
-
-
-def set_world(world: World) -> None:
-    """Let `world()` -> (world size, rank) of the calling thread be the default of samplers.
-
-    It is asked when a sampler is made, and raises ValueError when there is no process group.
-    """
-    global _world
-    _world = world
-
 
 class DistributedSampler(Sampler[int]):
     """Indices rank, rank + num_replicas, ... of an order that is the same on every rank.
@@ -55,7 +34,7 @@ class DistributedSampler(Sampler[int]):
         drop_last: bool = False,
     ) -> None:
         if num_replicas is None or rank is None:
-            size, own = _world()
+            size, own = world()
             num_replicas = size if num_replicas is None else num_replicas
             rank = own if rank is None else rank
         if not 0 <= rank < num_replicas:

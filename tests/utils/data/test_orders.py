@@ -9,6 +9,7 @@ import pytest
 
 import dtrain as torch
 import dtrain.utils.data  # torch.utils.data in cases.py
+from dtrain import ranks
 from dtrain.utils.data import (
     BatchSampler,
     DataLoader,
@@ -17,7 +18,6 @@ from dtrain.utils.data import (
     SequentialSampler,
     SubsetRandomSampler,
     WeightedRandomSampler,
-    distributed,
     random_split,
 )
 from tests.recorded import load_json
@@ -116,10 +116,10 @@ def test_epochs_that_are_set_or_not_shuffled_are_not_warned_of():
 
 
 def test_ranks_come_from_whoever_knows_the_process_group(monkeypatch):
-    monkeypatch.setattr(distributed, "_world", distributed._nobody)
+    monkeypatch.setattr(ranks, "_world", ranks.nobody)
     with pytest.raises(ValueError, match="Default process group has not been initialized"):
         DistributedSampler(range(4))
-    distributed.set_world(lambda: (4, 3))
+    ranks.set_world(lambda: (4, 3))
     sampler = DistributedSampler(range(8), shuffle=False)
     assert list(sampler) == [3, 7]
     assert list(DistributedSampler(range(8), rank=1, shuffle=False)) == [1, 5]
