@@ -6,6 +6,7 @@ Markdown is read with a few regular expressions, enough for the plain form our p
 from __future__ import annotations
 
 import ast
+import logging
 import math
 import re
 import subprocess
@@ -27,6 +28,7 @@ PROGRAMS = [page for page in DOCS if pages.programs(page.read_text(encoding="utf
 CONSOLES = [page for page in DOCS if pages.commands(page.read_text(encoding="utf-8"))]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 EXAMPLE_LINES = 150
+LEVELS = logging.getLevelNamesMapping().keys() | {"DETAIL"}  # of logging, no variables
 NUMBER = re.compile(r"\d+\.\d+")
 
 
@@ -167,21 +169,41 @@ def test_generated_tables_are_current(page):
     assert doc_tables.filled(text) == text, "run: python -m tests.doc_tables"
 
 
+def constants(tree: ast.AST) -> list[str]:
+    """The strings in a piece of source; of an f-string the parts between its fields."""
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    return [node.value for node in nodes if isinstance(node.value, str)]
+
+
 def variables_read() -> set[str]:
-    """Every name that the shipped source looks up in an environment."""
-    found = set()
+    """Every name that the shipped source looks up in an environment, or gives to a process."""
+    found: set[str] = set()
     for path in sources().values():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        text = path.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(text)) if "environ" in text else ():
             if isinstance(node, ast.expr) and "environ" in ast.unparse(node):
-                found |= {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
-    return {n for n in found if isinstance(n, str) and re.fullmatch(r"[A-Z][A-Z_]{3,}", n)}
+                found |= set(constants(node))
+    return {name for name in found if re.fullmatch(r"[A-Z][A-Z_]{3,}", name)}
 
 
-def test_every_environment_variable_is_documented():
+def test_environment_variables_are_documented_and_read():
     text = (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")
     read = variables_read()
     assert {"RANK", "DTRAIN_LOG", "PYTHON_EXEC", "XDG_RUNTIME_DIR"} <= read
     assert not [name for name in read if f"`{name}`" not in text]
+    by_us = text.partition("## Set for worker")[0]
+    assert set(re.findall(r"`([A-Z][A-Z_]{3,})`", by_us)) - {*pages.THREADS, *LEVELS} <= read
+
+
+def test_errors_that_are_only_told_are_in_the_source():
+    """An entry shows the error by a program that raises it, or names a part of its sentence."""
+    text = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    entries = re.findall(r"^### ([^\n]*)\n(.*?)(?=^##)", text + "##", re.MULTILINE | re.DOTALL)
+    told = [heading for heading, body in entries if "```text" not in body]
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in sources().values()]
+    said = "\n".join(part for tree in trees for part in constants(tree))
+    assert len(told) < len(entries) / 2
+    assert [heading for heading in told if heading not in said] == ["No module named 'torch'"]
 
 
 def test_dtruns_page_has_what_a_rank_is_given_and_every_flag():
