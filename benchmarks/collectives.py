@@ -114,8 +114,9 @@ def main():
         return rank_main(args.rank_of, args.transport, args.sizes)
     launcher = torch_launcher(args.torch_python)
     blas = os.environ.get("OPENBLAS_CORETYPE", "unset")
+    compared = "" if launcher else "; no PyTorch to compare with"
     print(f"# {args.nproc} ranks, transport {args.transport}, float32, {os.cpu_count()} cores, "
-          f"OPENBLAS_CORETYPE {blas}" + ("" if launcher else "; no PyTorch to compare with"))  # fmt: skip
+          f"OPENBLAS_CORETYPE {blas}{compared}")  # fmt: skip
     dtrun = [str(Path(sys.executable).with_name("dtrun"))]
     ours = launch(dtrun, "dtrain", args.transport, args.nproc, args.sizes)
     theirs = launcher and launch(launcher, "torch", "gloo", args.nproc, args.sizes)

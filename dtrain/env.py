@@ -83,7 +83,7 @@ def is_launched(environ: Mapping[str, str] = os.environ) -> bool:
 
 
 def run_identity(environ: Mapping[str, str] = os.environ) -> str:
-    """What tells this attempt of this run from others: run id and restart; "" without a launcher."""
+    """What tells this attempt of this run from others; "" without a launcher."""
     if not is_launched(environ):
         return ""
     return f"{environ['TORCHELASTIC_RUN_ID']}.{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"

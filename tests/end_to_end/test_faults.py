@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from pathlib import Path
+import time
 
 import psutil
 import pytest
@@ -45,11 +45,9 @@ def test_sigkill_in_mid_step(tmp_path, where):
     script = tmp_path / "train.py"
     script.write_text(TRAIN)
     ended = dtrun(3, script, tmp_path, where)
-    import time
-
     died = float((tmp_path / "died").read_text())
     assert time.time() - died < 2.0 + 0.5  # 2 s is the promise; the rest is reading the output
-    assert ended.code == 128 + 9 or ended.code != 0
+    assert ended.code == 128 + 9
     assert "SIGKILL" in ended.err
     assert "rank 1" in ended.err
     for rank in (0, 2):

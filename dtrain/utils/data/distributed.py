@@ -15,6 +15,7 @@ from dtrain.generator import Generator
 from dtrain.ranks import world
 from dtrain.utils.data.sampler import Sampler
 
+
 class DistributedSampler(Sampler[int]):
     """Indices rank, rank + num_replicas, ... of an order that is the same on every rank.
 
