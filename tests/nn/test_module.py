@@ -321,3 +321,15 @@ def test_loading_does_not_change_the_dict_it_was_given():
     keys = list(state)
     model.load_state_dict(state)
     assert list(state) == keys
+
+
+# --- containers ----------------------------------------------------------------------------------
+
+
+def test_what_is_no_module_is_not_put_into_a_list():
+    listed = nn.ModuleList([nn.ReLU()])
+    for put in (lambda: listed.insert(0, 3), lambda: listed.append(3), lambda: listed.extend([3])):
+        with pytest.raises(TypeError, match="int is not a Module subclass"):
+            put()
+    assert len(listed) == 1
+    assert not [name for name in dir(listed) if name[0].isdigit()]

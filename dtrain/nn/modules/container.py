@@ -61,6 +61,8 @@ class _Listed(Module):
 
     def insert(self, index: int, module: Module) -> Any:
         """Put a child before `index`; those behind move up."""
+        if not isinstance(module, Module):
+            raise TypeError(f"{type_name(module)} is not a Module subclass")
         modules = list(self._modules.values())
         modules.insert(index, module)
         self._renumber(modules)
@@ -76,9 +78,6 @@ class _Listed(Module):
         module = self[key]
         del self[key]
         return module
-
-    def __dir__(self) -> list[str]:
-        return [name for name in super().__dir__() if not name.isdigit()]
 
 
 class Sequential(_Listed):
