@@ -2,9 +2,13 @@
 
 groups.py joins and leaves, world.py knows who is who, collectives.py, point_to_point.py and
 objects.py move tensors and objects. The work itself is done by `dtrain.comm` on NumPy arrays.
+What few programs need is loaded when it is first asked for.
 """
 
 from __future__ import annotations
+
+import importlib
+from typing import Any
 
 from dtrain.comm.reduce import (
     ReduceOp as ReduceOp,
@@ -22,6 +26,8 @@ from dtrain.distributed.collectives import (
     barrier as barrier,
     broadcast as broadcast,
     gather as gather,
+    gather_into_tensor as gather_into_tensor,
+    gather_single as gather_single,
     reduce as reduce,
     reduce_scatter as reduce_scatter,
     reduce_scatter_single as reduce_scatter_single,
@@ -43,6 +49,10 @@ from dtrain.distributed.groups import (
     is_initialized as is_initialized,
     is_torchelastic_launched as is_torchelastic_launched,
     new_group as new_group,
+)
+from dtrain.distributed.hooks import (
+    PostHookArgs as PostHookArgs,
+    PreHookArgs as PreHookArgs,
 )
 from dtrain.distributed.objects import (
     all_gather_object as all_gather_object,
@@ -82,4 +92,17 @@ from dtrain.errors import (
     DistError as DistError,
     DistNetworkError as DistNetworkError,
     DistStoreError as DistStoreError,
+    QueueEmptyError as QueueEmptyError,
 )
+
+_LAZY = ("nn",)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return importlib.import_module(f"dtrain.distributed.{name}")
+    raise AttributeError(f"module 'dtrain.distributed' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

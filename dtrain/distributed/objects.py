@@ -14,7 +14,7 @@ import numpy as np
 from dtrain.comm import collectives as calls
 from dtrain.comm.point_to_point import Recv, Send
 from dtrain.distributed.codec import decode, encode
-from dtrain.distributed.collectives import root_of
+from dtrain.distributed.staging import root_of
 from dtrain.distributed.world import GroupMember, ProcessGroup, resolve
 
 
@@ -29,7 +29,7 @@ def _value_of(array: np.ndarray) -> Any:
 def _sizes(group: ProcessGroup, own: int) -> np.ndarray:
     """How many bytes each rank brings (int64, one per rank)."""
     sizes = np.empty(group.size(), np.int64)
-    group.arrays.submit(calls.AllGather(np.array([own], np.int64), sizes))
+    group.issue(calls.AllGather(np.array([own], np.int64), sizes))
     return sizes
 
 
@@ -54,7 +54,7 @@ def all_gather_object(
     data = _bytes_of(obj)
     sizes = _sizes(where, data.size)
     rows = np.empty((where.size(), int(sizes.max())), np.uint8)
-    where.arrays.submit(calls.AllGather(_padded(data, rows.shape[1]), rows))
+    where.issue(calls.AllGather(_padded(data, rows.shape[1]), rows))
     object_list[:] = _split(rows, sizes)
 
 
@@ -87,7 +87,7 @@ def gather_object(
     sizes = _sizes(where, data.size)
     width = int(sizes.max())
     rows = np.empty((where.size(), width), np.uint8) if at_root else None
-    where.arrays.submit(calls.Gather(_padded(data, width), rows, root))
+    where.issue(calls.Gather(_padded(data, width), rows, root))
     if object_gather_list is not None and rows is not None:
         object_gather_list[:] = _split(rows, sizes)
 
@@ -103,9 +103,9 @@ def broadcast_object_list(
     root = root_of(where, src, group_src, "src")
     data = _bytes_of(list(object_list)) if where.rank() == root else None
     size = np.array([0 if data is None else data.size], np.int64)
-    where.arrays.submit(calls.Broadcast(size, root))
+    where.issue(calls.Broadcast(size, root))
     buffer = np.empty(int(size[0]), np.uint8) if data is None else data
-    where.arrays.submit(calls.Broadcast(buffer, root))
+    where.issue(calls.Broadcast(buffer, root))
     received = _value_of(buffer)
     if len(received) != len(object_list):
         raise ValueError(
@@ -141,9 +141,9 @@ def scatter_object_list(
         parts = [_bytes_of(v) for v in scatter_object_input_list]
         sizes[:-1], sizes[-1] = [p.size for p in parts], max(p.size for p in parts)
         rows = np.stack([_padded(p, int(sizes[-1])) for p in parts])
-    where.arrays.submit(calls.Broadcast(sizes, root))
+    where.issue(calls.Broadcast(sizes, root))
     out = np.empty(int(sizes[-1]), np.uint8)
-    where.arrays.submit(calls.Scatter(rows, out, root))
+    where.issue(calls.Scatter(rows, out, root))
     scatter_object_output_list[0] = _value_of(out[: int(sizes[where.rank()])])
 
 
@@ -155,8 +155,8 @@ def send_object_list(
     where = resolve(group)
     peer = root_of(where, dst, group_dst, "dst")
     data = _bytes_of(list(object_list))
-    where.arrays.submit(Send(np.array([data.size], np.int64), peer))
-    where.arrays.submit(Send(data, peer))
+    where.issue(Send(np.array([data.size], np.int64), peer))
+    where.issue(Send(data, peer))
 
 
 def recv_object_list(
@@ -167,8 +167,8 @@ def recv_object_list(
     where = resolve(group)
     peer = None if src is None and group_src is None else root_of(where, src, group_src, "src")
     size = np.empty(1, np.int64)
-    source = where.arrays.submit(Recv(size, peer)).source_rank()
+    source = where.issue(Recv(size, peer)).source_rank()
     data = np.empty(int(size[0]), np.uint8)
-    where.arrays.submit(Recv(data, source))
+    where.issue(Recv(data, source))
     object_list[:] = _value_of(data)
     return where.ranks[source]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dtrain.comm.point_to_point import Recv, Send
-from dtrain.distributed.collectives import Landing, check_tensor, root_of
+from dtrain.distributed.staging import Landing, check_tensor, root_of
 from dtrain.distributed.work import Work
 from dtrain.distributed.world import ProcessGroup, resolve
 from dtrain.tensor import Tensor
@@ -38,7 +38,7 @@ def isend(
     check_tensor(tensor, "tensor")
     where = resolve(group)
     call = Send(np.ascontiguousarray(tensor._data), _peer(where, dst, group_dst, "dst"), tag)
-    return Work(where.arrays.submit(call, async_op=True), [tensor])
+    return Work(where.issue(call, async_op=True), [tensor])
 
 
 def irecv(
@@ -52,7 +52,7 @@ def irecv(
     if src is not None or group_src is not None:
         source = _peer(where, src, group_src, "src")
     call = Recv(landing.into(tensor, read=False), source, tag)
-    return Work(where.arrays.submit(call, async_op=True), [tensor], landing.finish)
+    return Work(where.issue(call, async_op=True), [tensor], landing.finish)
 
 
 def send(

@@ -7,12 +7,19 @@ thread installs its own, so everything here asks `current_world()`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from datetime import timedelta
 from typing import Any
 
 from dtrain.comm.group import ProcessGroup as ArrayGroup
-from dtrain.comm.store.base import Store
+from dtrain.comm.store.base import Store, as_seconds
+from dtrain.comm.work import Work as ArrayWork
+from dtrain.distributed.hooks import Hooks, PostHookArgs, PreHookArgs
+from dtrain.tensor import Tensor
+
+# Where a thread is in a block in which other ranks do something else: "rank0_section at file:line".
+alone: ContextVar[str | None] = ContextVar("dtrain_alone", default=None)
 
 
 class ProcessGroup:
@@ -27,6 +34,31 @@ class ProcessGroup:
         self.ranks = tuple(ranks)
         self.backend = backend
         self.group_desc = desc
+        self._hooks: Hooks | None = None  # most groups have none
+
+    def issue(
+        self,
+        call: Any,
+        *,
+        async_op: bool = False,
+        timeout: float | None = None,
+        inputs: Sequence[Tensor] = (),
+        outputs: Sequence[Tensor] = (),
+    ) -> ArrayWork:
+        """Submit a call on arrays: the way of every call of this rank into the comm tower.
+
+        `inputs` and `outputs` are shown to hooks. RuntimeError inside `rank0_first` and
+        `rank0_section`: the other ranks are not there.
+        """
+        place = alone.get()
+        if place is not None:
+            raise RuntimeError(
+                f"{call.kind} was called inside {place}, where the ranks do different things: it "
+                "would wait for ranks that never call it. Call it before or after the block."
+            )
+        if self._hooks is None:
+            return self.arrays.submit(call, async_op=async_op, timeout=timeout)
+        return self._hooks.around(self.arrays.submit, call, async_op, timeout, inputs, outputs)
 
     def rank(self) -> int:
         """The caller's rank in this group."""
@@ -54,9 +86,50 @@ class ProcessGroup:
                 f"(members: {list(self.ranks)})"
             ) from None
 
+    def set_timeout(self, timeout: timedelta | float) -> None:
+        """Set the deadline of later calls that have none of their own, on this rank."""
+        self.arrays.timeout = as_seconds(timeout)
+
     def abort(self, reason: str = "aborted by the program") -> None:
-        """Make every call of the group fail, on all ranks."""
+        """Make every call of the group fail, on all ranks, after calling the abort hooks."""
+        if self._hooks is not None:
+            self._hooks.abort.call()
         self.arrays.abort(reason)
+
+    def shutdown(self) -> None:
+        """Leave the group: finish what is queued, at most a few seconds, and give all back."""
+        self.arrays.close()
+
+    @property
+    def hooks(self) -> Hooks:
+        """The tables of hooks, made at first use."""
+        if self._hooks is None:
+            self._hooks = Hooks()
+        return self._hooks
+
+    def register_pre_hook(self, hook_id: int, hook: Callable[[PreHookArgs], None]) -> None:
+        """Call `hook` before every call of this rank; ValueError when the id is taken."""
+        self.hooks.pre.register(hook_id, hook)
+
+    def register_post_hook(self, hook_id: int, hook: Callable[[PostHookArgs], None]) -> None:
+        """Call `hook` when a call is complete, well or not, in the thread that completes it."""
+        self.hooks.post.register(hook_id, hook)
+
+    def register_abort_hook(self, hook_id: int, hook: Callable[[], None]) -> None:
+        """Call `hook` when this rank calls `abort`, before the group fails."""
+        self.hooks.abort.register(hook_id, hook)
+
+    def unregister_pre_hook(self, hook_id: int) -> None:
+        """Forget a pre hook; KeyError when there is none with this id."""
+        del self.hooks.pre[hook_id]
+
+    def unregister_post_hook(self, hook_id: int) -> None:
+        """Forget a post hook; KeyError when there is none with this id."""
+        del self.hooks.post[hook_id]
+
+    def unregister_abort_hook(self, hook_id: int) -> None:
+        """Forget an abort hook; KeyError when there is none with this id."""
+        del self.hooks.abort[hook_id]
 
     def __repr__(self) -> str:
         return repr(self.arrays)

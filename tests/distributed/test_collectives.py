@@ -70,6 +70,22 @@ def check_all_to_all():
     assert flat.tolist() == torch.cat(got).tolist()
 
 
+def check_uneven_all_gather():
+    """Rank r has r rows: rank 0 none."""
+    parts = [torch.zeros(r, 2) for r in range(N)]
+    dist.all_gather(parts, torch.full((me(), 2), float(me())))
+    assert [p.tolist() for p in parts] == [[[float(r)] * 2] * r for r in range(N)]
+
+
+def check_gather_single():
+    out = torch.zeros(N, 2) if me() == 1 else None
+    dist.gather_single(out, torch.full((2,), float(me())), dst=1)
+    assert out is None or out.tolist() == [[r, r] for r in range(N)]
+    if me() == 0:
+        with pytest.raises(ValueError, match="must be None on all ranks but the destination"):
+            dist.gather_into_tensor(torch.zeros(N, 2), torch.ones(2), dst=1)
+
+
 def check_non_contiguous():
     """A transposed tensor is staged and written back; its version counts the write."""
     base = torch.arange(6, dtype=torch.float32).reshape(2, 3)
@@ -99,6 +115,8 @@ def check_async():
         check_rooted,
         check_gathers,
         check_all_to_all,
+        check_uneven_all_gather,
+        check_gather_single,
         check_non_contiguous,
         check_async,
     ],
@@ -115,8 +133,11 @@ def check_arguments():
         dist.all_gather(torch.ones(2), torch.ones(2))
     with pytest.raises(ValueError, match="one per rank"):
         dist.all_gather([torch.ones(2)], torch.ones(2))
-    with pytest.raises(ValueError, match=r"tensor 1 of the list is float32\[3\]"):
-        dist.all_gather([torch.ones(2), torch.ones(3), torch.ones(2)], torch.ones(2))
+    odd = torch.ones(2, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"tensor 1 of the list is float64\[2\]"):
+        dist.all_gather([torch.ones(2), odd, torch.ones(2)], torch.ones(2))
+    with pytest.raises(ValueError, match="differ in their first dimension alone"):
+        dist.all_gather([torch.ones(2, k) for k in (1, 2, 1)], torch.ones(2, 1))
     with pytest.raises(ValueError, match="Can't specify both group_src and src"):
         dist.broadcast(torch.ones(1), src=0, group_src=0)
     with pytest.raises(ValueError, match="Global rank 9 is not part of group"):

@@ -142,7 +142,7 @@ def copy_from_first(tensors: Sequence[Any], group: ProcessGroup) -> None:
         by_dtype.setdefault(tensor._data.dtype, []).append(tensor)
     for same in by_dtype.values():
         flat = FlatBuffer.of([t._data for t in same], align=1)
-        group.arrays.submit(Broadcast(flat.array, 0))
+        group.issue(Broadcast(flat.array, 0))
         if group.rank() != 0:
             for tensor, view in zip(same, flat.views, strict=True):
                 tensor.set_array(view)

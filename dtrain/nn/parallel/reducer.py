@@ -80,7 +80,7 @@ class Reducer:
             self._submit(self.buckets[self._next], {})
 
     def _submit(self, bucket: Bucket, kept: dict[int, np.ndarray | None]) -> None:
-        work = self.group.arrays.submit(AllReduce(bucket.buffer.array, ReduceOp.AVG), async_op=True)
+        work = self.group.issue(AllReduce(bucket.buffer.array, ReduceOp.AVG), async_op=True)
         self._works.append((work, kept))
         self._next += 1
 
