@@ -16,7 +16,7 @@ from dataclasses import dataclass
 # an error: give it one.
 BASE = (
     *("errors", "env", "logs", "wire", "version"),
-    *("cuda", "device", "draws", "dtypes", "generator", "random", "ranks", "threads"),
+    *("cuda", "device", "draws", "dtypes", "generator", "heap", "random", "ranks", "threads"),
 )
 COMPUTE = (
     ("flat",),

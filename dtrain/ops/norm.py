@@ -18,6 +18,8 @@ from dtrain.ops.elementwise import rsqrt, square
 from dtrain.ops.reduce import mean
 from dtrain.ops.shape import reshape
 
+GROUP = 131072  # elements of the samples that batch_norm takes together; less and more is slower
+
 
 def _rand(*shape: int) -> np.ndarray:
     return np.random.RandomState(0).randn(*shape)
@@ -198,8 +200,8 @@ def group_norm(
 
 
 def _samples(x: np.ndarray) -> Iterator[slice]:
-    """Groups of samples whose elements (half a megabyte of float32) stay in cache."""
-    step = max(1, 131072 // max(1, x[:1].size))
+    """Groups of samples whose elements, and a temporary or two of their size, stay in cache."""
+    step = max(1, GROUP // max(1, x[:1].size))
     return (slice(i, i + step) for i in range(0, len(x), step))
 
 
@@ -227,12 +229,11 @@ def _batch_norm_forward(
         observe(centre, variance)
     rstd = 1 / np.sqrt(variance + eps)
     scale = rstd if weight is None else rstd * weight
+    shift = -centre * scale if bias is None else bias - centre * scale
     y = np.empty(x.shape, x.dtype)
     for part in _samples(x):
-        np.subtract(x[part], _column(centre), out=y[part])
-        y[part] *= _column(scale)
-        if bias is not None:
-            y[part] += _column(bias)
+        np.multiply(x[part], _column(scale), out=y[part])
+        y[part] += _column(shift)
     return y, centre, rstd
 
 

@@ -67,9 +67,13 @@ def _firsts(
 ) -> Iterator[tuple[Pair, np.ndarray]]:
     """For each place in the window: in which windows (bool) it is the maximum `top`."""
     free = np.ones(top.shape, bool)
+    nan = top != top
+    any_nan = nan.any()
     canvas = _padded(x, geometry, _lowest(x.dtype))
     for place, tap in _taps(canvas, geometry):
-        hit = (tap == top) | (tap != tap)
+        hit = tap == top
+        if any_nan:
+            hit |= nan & (tap != tap)
         hit &= free
         free ^= hit
         yield place, hit
@@ -79,8 +83,12 @@ def _max_grad_forward(
     g: np.ndarray, x: np.ndarray, top: np.ndarray, *, geometry: Geometry
 ) -> np.ndarray:
     canvas = np.zeros((*x.shape[:2], *geometry.padded), g.dtype)
+    apart = geometry.kernel == geometry.stride and geometry.dilation == (1, 1)
     for (_, tap), (_, hit) in zip(_taps(canvas, geometry), _firsts(x, top, geometry), strict=True):
-        tap += g * hit
+        if apart:
+            np.multiply(g, hit, out=tap)
+        else:
+            tap += g * hit
     return np.ascontiguousarray(_inside(canvas, geometry))
 
 
