@@ -61,6 +61,7 @@ from dtrain.dtypes import (
 from dtrain.generator import (
     Generator as Generator,
 )
+from dtrain.heap import keep_freed_memory as _keep_freed_memory
 from dtrain.legacy import (
     BFloat16Tensor as BFloat16Tensor,
     BoolTensor as BoolTensor,
@@ -84,6 +85,8 @@ from dtrain.ops.arithmetic import (
     addcmul as addcmul,
     atan2 as atan2,
     clamp as clamp,
+    clamp_max as clamp_max,
+    clamp_min as clamp_min,
     div as div,
     floor_divide as floor_divide,
     fmod as fmod,
@@ -146,6 +149,9 @@ from dtrain.ops.create import (
     tensor as tensor,
     zeros as zeros,
     zeros_like as zeros_like,
+)
+from dtrain.ops.einsum import (
+    einsum as einsum,
 )
 from dtrain.ops.elementwise import (
     abs as abs,
@@ -210,6 +216,7 @@ from dtrain.ops.join import (
     dstack as dstack,
     hstack as hstack,
     narrow as narrow,
+    select as select,
     split as split,
     stack as stack,
     tensor_split as tensor_split,
@@ -218,24 +225,34 @@ from dtrain.ops.join import (
 )
 from dtrain.ops.linalg import (
     addmm as addmm,
+    addmv as addmv,
+    addr as addr,
+    baddbmm as baddbmm,
     bmm as bmm,
+    diag as diag,
+    diag_embed as diag_embed,
     diagonal as diagonal,
     dot as dot,
-    einsum as einsum,
+    inner as inner,
     matmul as matmul,
     mm as mm,
     mv as mv,
-    numel as numel,
     outer as outer,
+    tensordot as tensordot,
+    trace as trace,
 )
 from dtrain.ops.order import (
     clone as clone,
     flip as flip,
+    fliplr as fliplr,
+    flipud as flipud,
     repeat_interleave as repeat_interleave,
     roll as roll,
     tile as tile,
     tril as tril,
+    tril_indices as tril_indices,
     triu as triu,
+    triu_indices as triu_indices,
 )
 from dtrain.ops.random import (
     bernoulli as bernoulli,
@@ -252,27 +269,40 @@ from dtrain.ops.reduce import (
     all as all,
     amax as amax,
     amin as amin,
+    aminmax as aminmax,
     any as any,
     argmax as argmax,
     argmin as argmin,
     count_nonzero as count_nonzero,
-    cumprod as cumprod,
-    cumsum as cumsum,
     logsumexp as logsumexp,
     max as max,
     mean as mean,
     min as min,
+    nansum as nansum,
     norm as norm,
     prod as prod,
     std as std,
+    std_mean as std_mean,
     sum as sum,
     var as var,
+    var_mean as var_mean,
+)
+from dtrain.ops.scan import (
+    cummax as cummax,
+    cummin as cummin,
+    cumprod as cumprod,
+    cumsum as cumsum,
+    diff as diff,
 )
 from dtrain.ops.shape import (
+    broadcast_shapes as broadcast_shapes,
+    broadcast_tensors as broadcast_tensors,
     broadcast_to as broadcast_to,
     flatten as flatten,
     movedim as movedim,
+    numel as numel,
     permute as permute,
+    ravel as ravel,
     reshape as reshape,
     squeeze as squeeze,
     t as t,
@@ -282,9 +312,16 @@ from dtrain.ops.shape import (
 )
 from dtrain.ops.sorting import (
     argsort as argsort,
+    bincount as bincount,
+    bucketize as bucketize,
+    isin as isin,
+    kthvalue as kthvalue,
+    median as median,
+    searchsorted as searchsorted,
     sort as sort,
     topk as topk,
     unique as unique,
+    unique_consecutive as unique_consecutive,
 )
 from dtrain.ops.special import (
     erf as erf,
@@ -331,17 +368,22 @@ greater_equal = ge
 int = dtypes.int_
 less = lt
 less_equal = le
+moveaxis = movedim
 multiply = mul
 negative = neg
 not_equal = ne
 row_stack = vstack
 subtract = sub
+swapaxes = transpose
+swapdims = transpose
 true_divide = div
 
 # NumPy warns of overflow, 0/0 and log(0); here, as in torch, inf and nan are values.
 warnings.filterwarnings(
     "ignore", category=RuntimeWarning, module=r"dtrain\.(autograd|ops|nn|optim)\b"
 )
+
+_keep_freed_memory()
 
 _LAZY = frozenset(
     ("distributed", "nn", "optim", "serialization", "testing", "utils")

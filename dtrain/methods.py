@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from dtrain import dtypes, legacy
+from dtrain.autograd.grad_mode import grad_enabled
+from dtrain.autograd.node import make
 from dtrain.autograd.promotion import cast
 from dtrain.ops import (
     activation,
@@ -23,8 +25,10 @@ from dtrain.ops import (
     order,
     random,
     reduce,
+    scan,
     shape as sh,
     sorting,
+    special,
 )
 from dtrain.ops.inplace import update
 from dtrain.tensor import Tensor
@@ -50,9 +54,11 @@ def in_place(op: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def sizes(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that takes its sizes one by one or as one sequence."""
+    """A method that takes its sizes or dimensions one by one or as one sequence."""
 
-    def method(self: Tensor, *shape: Any) -> Any:
+    def method(self: Tensor, *shape: Any, **kwargs: Any) -> Any:
+        if kwargs:
+            return function(self, *shape, **kwargs)
         if len(shape) == 1 and isinstance(shape[0], (tuple, list)):
             shape = tuple(shape[0])
         return function(self, shape)
@@ -61,9 +67,26 @@ def sizes(function: Callable[..., Any]) -> Callable[..., Any]:
     return method
 
 
+def relaid(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The method that gives self another shape over the same memory, such as `t_`."""
+
+    def method(self: Tensor, *args: Any) -> Any:
+        if grad_enabled.get() and self.requires_grad:
+            self._check_writable()
+        result = function(make(self._data, self._node), *args)
+        self._data, self._node = result._data, result._node
+        self._bump_version()
+        return self
+
+    method.__doc__ = f"In place: {function.__doc__}"
+    return method
+
+
 def to_dtype(dtype: dtypes.dtype) -> Callable[[Tensor], Any]:
-    def method(self: Tensor) -> Any:
+    def method(self: Tensor, memory_format: Any = None) -> Any:
         return cast(self, dtype=dtype)
+
+    method.__doc__ = f"The tensor in {dtype.name}; `memory_format` is accepted and ignored."
 
     return method
 
@@ -101,19 +124,21 @@ METHODS: dict[Any, str] = {
     ew: """neg exp exp2 expm1 log log2 log10 log1p sqrt rsqrt sin cos tan asin acos atan sinh cosh
         tanh asinh acosh atanh sigmoid reciprocal square abs sign floor ceil trunc round frac
         deg2rad rad2deg logit nan_to_num""",
-    reduce: """sum mean var std norm prod amax amin argmax argmin max min any all count_nonzero
-        cumsum cumprod logsumexp""",
-    sh: "flatten unflatten squeeze unsqueeze transpose t movedim",
-    join: "narrow split chunk unbind tensor_split",
-    order: "flip roll contiguous clone tril triu repeat_interleave",
+    reduce: """sum nansum mean var std norm prod amax amin aminmax argmax argmin max min any all
+        count_nonzero logsumexp""",
+    scan: "cumsum cumprod cummax cummin diff",
+    sh: "flatten unflatten ravel squeeze unsqueeze transpose t movedim",
+    join: "narrow select split chunk unbind tensor_split",
+    order: "fliplr flipud roll contiguous clone tril triu repeat_interleave",
     gather: """gather scatter_add scatter index_select index_add index_copy index_fill take
         masked_fill masked_select nonzero argwhere take_along_dim""",
-    linalg: "matmul mm bmm dot mv outer addmm diagonal",
+    linalg: """matmul mm bmm dot mv outer inner addmm addmv addr baddbmm diagonal diag diag_embed
+        trace""",
     activation: "relu softmax log_softmax",
     legacy: "new",
     create: "new_zeros new_ones new_full new_empty new_tensor",
     random: "multinomial bernoulli uniform_ normal_ random_ exponential_ bernoulli_",
-    sorting: "sort argsort topk unique",
+    sorting: "sort argsort topk kthvalue median unique unique_consecutive bincount",
 }
 for _module, _names in METHODS.items():
     for _name in _names.split():
@@ -121,7 +146,7 @@ for _module, _names in METHODS.items():
 
 for _name, _function in {
     "view": sh.view, "reshape": sh.reshape, "permute": sh.permute, "expand": sh.expand,
-    "repeat": order.repeat,
+    "repeat": order.repeat, "tile": order.tile, "flip": order.flip,
 }.items():  # fmt: skip
     setattr(Tensor, _name, sizes(_function))
 
@@ -132,16 +157,22 @@ OTHERS = {
     "arcsin": ew.asin, "arccos": ew.acos, "arctan": ew.atan, "arctan2": ar.atan2,
     "greater": cp.gt, "greater_equal": cp.ge, "less": cp.lt, "less_equal": cp.le,
     "not_equal": cp.ne,
-    "swapaxes": sh.transpose, "broadcast_to": sh.expand,
+    "swapaxes": sh.transpose, "swapdims": sh.transpose, "moveaxis": sh.movedim,
+    "broadcast_to": sh.expand, "clamp_min": ar.clamp_min, "clamp_max": ar.clamp_max,
+    "erf": special.erf,
 }  # fmt: skip
 for _name, _function in OTHERS.items():
     setattr(Tensor, _name, _function)
 
-IN_PLACE = """add sub mul div pow clamp exp log sqrt rsqrt sin cos tanh sigmoid abs neg floor ceil
-    round relu masked_fill scatter scatter_add addcmul addcdiv lerp remainder floor_divide
-    reciprocal square tril triu"""
+IN_PLACE = """add sub mul div pow clamp clamp_min clamp_max clip exp expm1 log log1p sqrt rsqrt sin
+    cos tanh sigmoid abs neg floor ceil round trunc sign relu masked_fill scatter scatter_add
+    index_add index_copy index_fill addcmul addcdiv addmm baddbmm lerp remainder fmod floor_divide
+    reciprocal square tril triu nan_to_num cumsum eq ne lt le gt ge logical_not"""
 for _name in IN_PLACE.split():
     setattr(Tensor, f"{_name}_", in_place(getattr(Tensor, _name)))
+
+for _name in ("t", "transpose", "swapaxes", "squeeze", "unsqueeze"):
+    setattr(Tensor, f"{_name}_", relaid(getattr(Tensor, _name)))
 
 for _name, _dtype in {
     "float": dtypes.float32, "double": dtypes.float64, "half": dtypes.float16,

@@ -1,14 +1,14 @@
 """Automatic differentiation: `backward`, `grad`, custom `Function`s, grad modes.
 
-op.py states what an operation is, engine.py walks the recorded graph, function.py holds users'
-own operations. Source: torch.autograd.
+op.py states what an operation is, node.py what a graph is made of, engine.py walks it, function.py
+holds users' own operations, gradcheck.py compares with finite differences. Source: torch.autograd.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
-from dtrain.autograd import engine
 from dtrain.autograd.function import Function as Function
 from dtrain.autograd.grad_mode import (
     enable_grad as enable_grad,
@@ -16,78 +16,21 @@ from dtrain.autograd.grad_mode import (
     no_grad as no_grad,
     set_grad_enabled as set_grad_enabled,
 )
-
-
-def _sequence(values: Any) -> list[Any]:
-    return list(values) if isinstance(values, (tuple, list)) else [values]
-
-
-def _gradients(roots: list[Any], grads: Any) -> list[Any]:
-    if grads is None:
-        return [None] * len(roots)
-    given = _sequence(grads)
-    if len(given) != len(roots):
-        raise RuntimeError(f"got {len(roots)} tensors and {len(given)} gradients")
-    return given
-
-
-def backward(
-    tensors: Any,
-    grad_tensors: Any = None,
-    retain_graph: bool | None = None,
-    create_graph: bool = False,
-    inputs: Any = None,
-) -> None:
-    """Accumulate the gradients of `tensors` into the leaves (or into `inputs` only).
-
-    `grad_tensors` are the gradients to start from, 1 for a scalar. Source: torch.autograd.backward.
-    """
-    roots = _sequence(tensors)
-    if inputs is not None:
-        inputs = _sequence(inputs)
-    keep = create_graph if retain_graph is None else retain_graph
-    engine.backward(roots, _gradients(roots, grad_tensors), keep, create_graph, inputs)
-
-
-def grad(
-    outputs: Any,
-    inputs: Any,
-    grad_outputs: Any = None,
-    retain_graph: bool | None = None,
-    create_graph: bool = False,
-    allow_unused: bool | None = None,
-    is_grads_batched: bool = False,
-    materialize_grads: bool = False,
-) -> tuple[Any, ...]:
-    """The gradients of `outputs` with respect to `inputs`, without touching any `.grad`.
-
-    `is_grads_batched=True` is refused: there is no vmap here. Source: torch.autograd.grad.
-    """
-    if is_grads_batched:
-        raise NotImplementedError("grad(is_grads_batched=True) needs vmap, which dtrain has not")
-    if materialize_grads and allow_unused is False:
-        raise ValueError(
-            "Expected allow_unused to be True or not passed when materialize_grads=True, but got: "
-            "allow_unused=False."
-        )
-    roots, places = _sequence(outputs), _sequence(inputs)
-    keep = create_graph if retain_graph is None else retain_graph
-    unused = materialize_grads if allow_unused is None else allow_unused
-    found = engine.grad_of(
-        roots, places, _gradients(roots, grad_outputs), keep, create_graph, unused
-    )
-    if materialize_grads:
-        found = [
-            p.new_zeros(p.shape) if g is None else g for g, p in zip(found, places, strict=True)
-        ]
-    return tuple(found)
+from dtrain.autograd.gradcheck import (
+    GradcheckError as GradcheckError,
+    gradcheck as gradcheck,  # the function, like torch, under the name of its module
+    gradgradcheck as gradgradcheck,
+)
+from dtrain.autograd.gradients import backward as backward, grad as grad
 
 
 def __getattr__(name: str) -> Any:
-    import importlib
-
-    if name in ("gradcheck", "gradgradcheck"):
-        return getattr(importlib.import_module("dtrain.autograd.gradcheck"), name)
+    if name == "Variable":
+        return importlib.import_module("dtrain.legacy").Variable
     if name == "functional":
         return importlib.import_module("dtrain.autograd.functional")
     raise AttributeError(f"module 'dtrain.autograd' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), "Variable", "functional"})

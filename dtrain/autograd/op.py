@@ -64,6 +64,7 @@ class Op:
         self.composite = composite
         self.broadcasts = broadcasts
         self.sample = sample
+        self.apply: Callable[..., Any] = forward  # `define` puts the function it returns here
 
     def __repr__(self) -> str:
         return f"<op {self.name}>"
@@ -387,7 +388,7 @@ def define(
     else:
         call = _general(op, view, outputs)
     call.__name__ = call.__qualname__ = name
-    call.op = op  # type: ignore[attr-defined]
+    call.op, op.apply = op, call  # type: ignore[attr-defined]
     return call
 
 
@@ -411,4 +412,6 @@ def broadcast_error(x: Any, y: Any, error: ValueError) -> RuntimeError | ValueEr
     return error
 
 
-ALIAS = define("alias", lambda x: x, vjp=lambda n, g: (g,))
+ALIAS = define(
+    "alias", lambda x: x, vjp=lambda n, g: (g,), sample=lambda: [((np.array([1.0, 2.0]),), {})]
+)

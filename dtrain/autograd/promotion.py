@@ -27,8 +27,9 @@ def _uncast(n: Any, g: Any) -> tuple[Any]:
 
 
 _cast_op = define(
-    "cast", lambda x, *, dtype, source: _cast(x, dtype=dtype), inputs="x", vjp=_uncast
-)
+    "cast", lambda x, *, dtype, source: _cast(x, dtype=dtype), inputs="x", vjp=_uncast,
+    sample=lambda: [((np.array([1.5, 2.0]),), {"dtype": dtypes.float64, "source": dtypes.float64})],
+)  # fmt: skip
 
 
 def cast(x: Any, *, dtype: dtypes.dtype) -> Any:

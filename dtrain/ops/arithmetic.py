@@ -199,6 +199,10 @@ def div(input: Any, other: Any, *, rounding_mode: str | None = None) -> Any:
     )
 
 
+# What an in-place form of these does: see `ops.inplace.update`.
+add.op, sub.op, div.op = plus.op, minus.op, quotient.op  # type: ignore[attr-defined]
+
+
 # --- powers and the like -------------------------------------------------------------------------
 
 
@@ -295,12 +299,27 @@ def clamp(input: Any, min: Any = None, max: Any = None) -> Any:
     if isinstance(min, Value) or isinstance(max, Value):
         low = input if min is None else where(input < min, min, input)
         return low if max is None else where(low > max, max, low)
-    if isinstance(input, Value) and input._data.dtype.kind in "iub" and float in (
-        min.__class__,
-        max.__class__,
+    if (
+        isinstance(input, Value)
+        and input._data.dtype.kind in "iub"
+        and float
+        in (
+            min.__class__,
+            max.__class__,
+        )
     ):
         input = cast(input, dtype=dtypes.get_default_dtype())
     return _clamp(input, min=min, max=max)
+
+
+def clamp_min(input: Any, min: Any) -> Any:
+    """`clamp` from below. Source: torch.clamp_min."""
+    return clamp(input, min=min)
+
+
+def clamp_max(input: Any, max: Any) -> Any:
+    """`clamp` from above. Source: torch.clamp_max."""
+    return clamp(input, max=max)
 
 
 def _clip(x: np.ndarray, *, min: Any, max: Any) -> np.ndarray:

@@ -105,8 +105,13 @@ def _along(index: np.ndarray, dim: int) -> tuple[Any, ...]:
 def _scatter_add_forward(
     x: np.ndarray, index: np.ndarray, source: np.ndarray, *, dim: int
 ) -> np.ndarray:
-    out = x.copy()
-    np.add.at(out, _along(index, dim), _crop(source, index, dim))
+    out = x.copy(order="C")
+    source = _crop(source, index, dim)
+    if index.shape[dim] == 1:  # nothing can be named twice
+        out[_along(index, dim)] += source
+    else:  # NumPy's unbuffered add is fast along one flat axis only
+        places = np.ravel_multi_index(_along(index, dim), x.shape)
+        np.add.at(out.reshape(-1), places.reshape(-1), source.reshape(-1))
     return out
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from dtrain.autograd.op import define
 from dtrain.autograd.promotion import together
 from dtrain.autograd.value import Value
+from dtrain.ops.index import getitem
 from dtrain.ops.shape import axis_of, reshape, unsqueeze
 
 
@@ -61,6 +62,18 @@ def narrow(input: Any, dim: int, start: int, length: int) -> Any:
     if length < 0 or start < 0 or start + length > size:
         raise RuntimeError(f"start ({start}) + length ({length}) exceeds dimension size ({size}).")
     return _narrow(input, dim=axis, start=start, length=length)
+
+
+def select(input: Any, dim: int, index: int) -> Any:
+    """The slice at `index` along `dim`, without it, as a view. Source: torch.select."""
+    axis = axis_of(dim, input.ndim)
+    size = input.shape[axis]
+    if not -size <= index < size:
+        raise IndexError(
+            f"select(): index {index} out of range for tensor of size {list(input.shape)} at "
+            f"dimension {axis}"
+        )
+    return getitem(input, (slice(None),) * axis + (index,))
 
 
 def _split_forward(x: np.ndarray, *, dim: int, sizes: tuple[int, ...]) -> tuple[np.ndarray, ...]:

@@ -6,15 +6,14 @@ backward: nothing but the weight itself is kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from typing import Any
 
 import numpy as np
 
 from dtrain import dtypes
 from dtrain.autograd.op import define, sum_to_shape
-from dtrain.autograd.value import Value
-from dtrain.ops.shape import expand, permute, reshape, transpose, unsqueeze
+from dtrain.ops.shape import axis_of, permute, reshape, transpose, unsqueeze
 
 
 def _rand(*shape: int) -> np.ndarray:
@@ -37,6 +36,9 @@ def _c_name(dtype: np.dtype[Any]) -> str:
 def _matmul_forward(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     _check_dtypes(a, b)
     try:
+        if a.ndim > 2 and b.ndim == 2 and a.size:  # NumPy would multiply batch by batch
+            flat = np.matmul(a.reshape(-1, a.shape[-1]), b)
+            return flat.reshape(*a.shape[:-1], b.shape[1])
         return np.matmul(a, b)
     except ValueError:
         raise _matmul_error(a.shape, b.shape) from None
@@ -56,27 +58,42 @@ def _matmul_error(a: tuple[int, ...], b: tuple[int, ...]) -> RuntimeError:
         return RuntimeError(
             f"size mismatch, got input ({a[-2]}), mat ({a[-2]}x{a[-1]}), vec ({b[0]})"
         )
+    if len(b) > 2 and len(a) > 2:
+        return _batch_error(a, b)
     rows = int(np.prod(a[:-1])) if len(b) == 2 else a[-2] if len(a) > 1 else 1
     return RuntimeError(
         f"mat1 and mat2 shapes cannot be multiplied ({rows}x{a[-1]} and {b[-2]}x{b[-1]})"
     )
 
 
+def _batch_error(a: tuple[int, ...], b: tuple[int, ...]) -> RuntimeError:
+    for back in range(3, min(len(a), len(b)) + 1):
+        if a[-back] != b[-back] and 1 not in (a[-back], b[-back]):
+            return RuntimeError(
+                f"The size of tensor a ({a[-back]}) must match the size of tensor b ({b[-back]}) "
+                f"at non-singleton dimension {max(len(a), len(b)) - back}"
+            )
+    batch = int(np.prod(np.broadcast_shapes(a[:-2], b[:-2])))
+    return RuntimeError(
+        "Expected size for first two dimensions of batch2 tensor to be: "
+        f"[{batch}, {a[-1]}] but got: [{batch}, {b[-2]}]."
+    )
+
+
 def _matmul_vjp(n: Any, g: Any) -> Any:
     a, b = n.a, n.b
-    (ashape, bshape) = n.shapes
-    if len(ashape) == 1:
-        a, g = unsqueeze(a, 0), unsqueeze(g, -1 if len(bshape) == 1 else -2)
+    ashape, bshape = n.shapes
     if len(bshape) == 1:
-        b = unsqueeze(b, 1)
-        g = g if len(ashape) == 1 else unsqueeze(g, -1)
+        b, g = unsqueeze(b, 1), unsqueeze(g, -1)
+    if len(ashape) == 1:
+        a, g = unsqueeze(a, 0), unsqueeze(g, -2)
     da = db = None
     if n.needs[0]:
-        da = matmul(g, transpose(b, -1, -2))
-        da = sum_to_shape(da, (1, *ashape) if len(ashape) == 1 else ashape).reshape(ashape)
+        da = sum_to_shape(matmul(g, transpose(b, -1, -2)), tuple(a.shape)).reshape(ashape)
     if n.needs[1]:
-        db = matmul(transpose(a, -1, -2), g)
-        db = sum_to_shape(db, (*bshape, 1) if len(bshape) == 1 else bshape).reshape(bshape)
+        if b.ndim == 2:  # one product of tall matrices instead of a sum of many
+            a, g = reshape(a, (-1, a.shape[-1])), reshape(g, (-1, g.shape[-1]))
+        db = sum_to_shape(matmul(transpose(a, -1, -2), g), tuple(b.shape)).reshape(bshape)
     return da, db
 
 
@@ -174,126 +191,119 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Any:
     return _linear(input, weight, bias)
 
 
+def inner(input: Any, other: Any) -> Any:
+    """Products summed over the last dimension of both. Source: torch.inner."""
+    if input.ndim == 0 or other.ndim == 0:
+        return input * other
+    return tensordot(input, other, ([-1], [-1]))
+
+
+def tensordot(a: Any, b: Any, dims: Any = 2) -> Any:
+    """Products summed over dimensions: the last and first `dims`, or two lists. Source: torch."""
+    if isinstance(dims, int):
+        dims = (list(range(a.ndim - dims, a.ndim)), list(range(dims)))
+    first = [axis_of(d, a.ndim) for d in dims[0]]
+    second = [axis_of(d, b.ndim) for d in dims[1]]
+    if [a.shape[d] for d in first] != [b.shape[d] for d in second]:
+        raise RuntimeError("contracted dimensions need to match, but they have different sizes")
+    keep_a = [d for d in range(a.ndim) if d not in first]
+    keep_b = [d for d in range(b.ndim) if d not in second]
+    summed = math.prod([a.shape[d] for d in first])
+    left = reshape(permute(a, keep_a + first), (-1 if summed else 0, summed))
+    right = reshape(permute(b, second + keep_b), (summed, -1 if summed else 0))
+    return reshape(matmul(left, right), [a.shape[d] for d in keep_a] + [b.shape[d] for d in keep_b])
+
+
 def addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Any:
     """`beta * input + alpha * (mat1 @ mat2)`. Source: torch.addmm."""
-    product = mm(mat1, mat2)
+    return _added(input, mm(mat1, mat2), beta, alpha)
+
+
+def _added(input: Any, product: Any, beta: float, alpha: float) -> Any:
+    if beta == 0:  # as in torch, nan in `input` then counts for nothing
+        return product if alpha == 1 else product * alpha
     return (input if beta == 1 else input * beta) + (product if alpha == 1 else product * alpha)
 
 
-# --- einsum ------------------------------------------------------------------------------------
+def addmv(input: Any, mat: Any, vec: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    """`beta * input + alpha * (mat @ vec)`. Source: torch.addmv."""
+    return _added(input, mv(mat, vec), beta, alpha)
 
 
-def _split_subscripts(equation: str, operands: int) -> tuple[list[str], str]:
-    left, arrow, right = equation.replace(" ", "").partition("->")
-    inputs = left.split(",")
-    if len(inputs) != operands:
-        raise RuntimeError(
-            f"einsum(): the number of subscripts ({len(inputs)}) must match the number of operands "
-            f"({operands})"
-        )
-    if not arrow:
-        letters = sorted(c for c in set(left) if c.isalpha() and left.count(c) == 1)
-        right = ("..." if "..." in left else "") + "".join(letters)
-    return inputs, right
+def addr(input: Any, vec1: Any, vec2: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    """`beta * input + alpha * outer(vec1, vec2)`. Source: torch.addr."""
+    return _added(input, outer(vec1, vec2), beta, alpha)
 
 
-def einsum(equation: str, *operands: Any) -> Any:
-    """Sums of products by index letters, over any number of operands. Source: torch.einsum.
-
-    Evaluated from left to right, two operands at a time, each as one matrix product. Repeated
-    letters inside one operand (diagonals) and ellipses are not supported.
-    """
-    tensors = (
-        list(operands[0])
-        if len(operands) == 1 and isinstance(operands[0], (list, tuple))
-        else list(operands)
-    )
-    inputs, output = _split_subscripts(equation, len(tensors))
-    for letters, tensor in zip(inputs, tensors, strict=True):
-        if "." in letters or len(set(letters)) != len(letters):
-            raise NotImplementedError(
-                f"einsum(): '{letters}' in {equation!r}: ellipses and repeated letters are not "
-                "supported; write the operation with reshape, diagonal or matmul"
-            )
-        if len(letters) != tensor.ndim:
-            raise RuntimeError(
-                f"einsum(): the number of subscripts in '{letters}' ({len(letters)}) does not "
-                f"match the number of dimensions ({tensor.ndim})"
-            )
-    letters, result = inputs[0], tensors[0]
-    for i in range(1, len(tensors)):
-        later = set(output).union(*inputs[i + 1 :])
-        letters, result = _contract(letters, result, inputs[i], tensors[i], later)
-    return _reduce_to(letters, result, output)
+def baddbmm(input: Any, batch1: Any, batch2: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    """`beta * input + alpha * bmm(batch1, batch2)`. Source: torch.baddbmm."""
+    return _added(input, bmm(batch1, batch2), beta, alpha)
 
 
-def _reduce_to(letters: str, x: Any, output: str) -> Any:
-    gone = tuple(i for i, c in enumerate(letters) if c not in output)
-    if gone:
-        x = x.sum(gone)
-        letters = "".join(c for c in letters if c in output)
-    missing = set(output) - set(letters)
-    if missing:
-        raise RuntimeError(
-            f"einsum(): output subscript {sorted(missing)} does not appear in any input"
-        )
-    order = [letters.index(c) for c in output]
-    return x if order == sorted(order) else permute(x, order)
+# --- diagonals -----------------------------------------------------------------------------------
 
 
-def _contract(la: str, a: Any, lb: str, b: Any, later: set[str]) -> tuple[str, Any]:
-    """One product: batch letters are in both and wanted later, summed ones in both only."""
-    a = _reduce_to(la, a, "".join(c for c in la if c in lb or c in later))
-    la = "".join(c for c in la if c in lb or c in later)
-    b = _reduce_to(lb, b, "".join(c for c in lb if c in la or c in later))
-    lb = "".join(c for c in lb if c in la or c in later)
-    batch = [c for c in la if c in lb and c in later]
-    summed = [c for c in la if c in lb and c not in later]
-    only_a = [c for c in la if c not in lb]
-    only_b = [c for c in lb if c not in la]
-    size = dict(zip(la, a.shape, strict=True)) | dict(zip(lb, b.shape, strict=True))
-    left = _as_matrix(la, a, batch, only_a, summed, size)
-    right = _as_matrix(lb, b, batch, summed, only_b, size)
-    out = matmul(left, right)
-    names = batch + only_a + only_b
-    return "".join(names), reshape(out, [size[c] for c in names])
+def _diagonal_forward(x: np.ndarray, *, offset: int, dim1: int, dim2: int) -> np.ndarray:
+    out = np.diagonal(x, offset, dim1, dim2)
+    out.flags.writeable = x.flags.writeable  # NumPy hands out a view that is read-only
+    return out
 
 
-def _as_matrix(
-    letters: str, x: Any, batch: Sequence[str], rows: Sequence[str], columns: Sequence[str],
-    size: dict[str, int],
-) -> Any:  # fmt: skip
-    x = permute(x, [letters.index(c) for c in (*batch, *rows, *columns)])
-    shape = [int(np.prod([size[c] for c in group], dtype=np.int64)) for group in (rows, columns)]
-    return reshape(x, [size[c] for c in batch] + shape)
+def _diagonal_vjp(n: Any, g: Any) -> Any:
+    return (_embed(g, shape=n.shapes[0], offset=n.offset, dim1=n.dim1, dim2=n.dim2),)
+
+
+def _embed_forward(
+    x: np.ndarray, *, shape: tuple[int, ...], offset: int, dim1: int, dim2: int
+) -> np.ndarray:
+    out = np.zeros(shape, x.dtype)
+    _diagonal_forward(out, offset=offset, dim1=dim1, dim2=dim2)[...] = x
+    return out
+
+
+_diagonal = define(
+    "diagonal", _diagonal_forward, view=True, vjp=_diagonal_vjp,
+    sample=lambda: [((_rand(2, 3, 4),), {"offset": 1, "dim1": 1, "dim2": 2})],
+)  # fmt: skip
+_embed = define(
+    "diagonal_embed", _embed_forward,
+    vjp=lambda n, g: (_diagonal(g, offset=n.offset, dim1=n.dim1, dim2=n.dim2),),
+    sample=lambda: [((_rand(2, 3),), {"shape": (2, 3, 4), "offset": 1, "dim1": 1, "dim2": 2})],
+)  # fmt: skip
 
 
 def diagonal(input: Any, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Any:
-    """The diagonals of the matrices in (dim1, dim2), as a copy in the last dimension."""
-    order = [d for d in range(input.ndim) if d not in (dim1 % input.ndim, dim2 % input.ndim)]
-    x = permute(input, [*order, dim1 % input.ndim, dim2 % input.ndim])
-    rows = np.arange(max(0, -offset), x.shape[-2])
-    columns = np.arange(max(0, offset), x.shape[-1])
-    length = min(len(rows), len(columns))
-    return x[(..., rows[:length], columns[:length])]
+    """The diagonals of the matrices in (dim1, dim2), as a view, in the last dimension.
+
+    Source: torch.diagonal.
+    """
+    a, b = axis_of(dim1, input.ndim), axis_of(dim2, input.ndim)
+    if a == b:
+        raise RuntimeError(f"diagonal dimensions cannot be identical {dim1}, {dim2}")
+    return _diagonal(input, offset=offset, dim1=a, dim2=b)
 
 
-def numel(x: Any) -> int:
-    """How many elements a Tensor or array has."""
-    return x._data.size if isinstance(x, Value) else x.size  # type: ignore[no-any-return]
+def diag_embed(input: Any, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Any:
+    """Matrices with the last dimension on their diagonals, in (dim1, dim2). Source: torch."""
+    ndim = input.ndim + 1
+    a, b = axis_of(dim1, ndim), axis_of(dim2, ndim)
+    size = input.shape[-1] + abs(offset)
+    rest = iter(input.shape[:-1])
+    shape = tuple([size if d in (a, b) else next(rest) for d in range(ndim)])
+    return _embed(input, shape=shape, offset=offset, dim1=a, dim2=b)
 
 
-__all__ = [
-    "addmm",
-    "bmm",
-    "diagonal",
-    "dot",
-    "einsum",
-    "expand",
-    "linear",
-    "matmul",
-    "mm",
-    "mv",
-    "numel",
-    "outer",
-]
+def diag(input: Any, diagonal: int = 0) -> Any:
+    """A vector's diagonal matrix, or a matrix's diagonal. Source: torch.diag."""
+    if input.ndim == 1:
+        return diag_embed(input, diagonal)
+    if input.ndim != 2:
+        raise RuntimeError(f"diag(): Supports 1D or 2D tensors. Got {input.ndim}D")
+    return _diagonal(input, offset=diagonal, dim1=0, dim2=1).clone()
+
+
+def trace(input: Any) -> Any:
+    """The sum of a matrix's diagonal. Source: torch.trace."""
+    if input.ndim != 2:
+        raise RuntimeError("trace: expected a matrix")
+    return diagonal(input).sum()

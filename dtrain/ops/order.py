@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from dtrain.autograd.node import make
 from dtrain.autograd.op import define
 from dtrain.autograd.value import array_of
 from dtrain.ops.index import getitem
@@ -127,3 +128,27 @@ def tril(input: Any, diagonal: int = 0) -> Any:
 def triu(input: Any, diagonal: int = 0) -> Any:
     """The upper triangle of each matrix, zero elsewhere. Source: torch.triu."""
     return _triu(input, diagonal=diagonal)
+
+
+def _indices(keep: Any, row: int, col: int, offset: int) -> Any:
+    return make(np.stack(np.nonzero(keep(np.ones((row, col), bool), offset))))
+
+
+def tril_indices(row: int, col: int, offset: int = 0) -> Any:
+    """(2, count) indices of the lower triangle of a (row, col) matrix. Source: torch."""
+    return _indices(np.tril, row, col, offset)
+
+
+def triu_indices(row: int, col: int, offset: int = 0) -> Any:
+    """(2, count) indices of the upper triangle of a (row, col) matrix. Source: torch."""
+    return _indices(np.triu, row, col, offset)
+
+
+def fliplr(input: Any) -> Any:
+    """`flip` of dimension 1. Source: torch.fliplr."""
+    return flip(input, (1,))
+
+
+def flipud(input: Any) -> Any:
+    """`flip` of dimension 0. Source: torch.flipud."""
+    return flip(input, (0,))

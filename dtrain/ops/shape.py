@@ -7,15 +7,17 @@ The helpers that resolve dimensions and shapes for all families are here too.
 from __future__ import annotations
 
 import builtins
+import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
 from dtrain.autograd.op import define, sum_to_shape
 from dtrain.autograd.value import array_of
 
+F = TypeVar("F", bound=Callable[..., Any])
 Dim = int | tuple[int, ...] | list[int] | None
 
 
@@ -47,8 +49,27 @@ def axes_of(dim: Dim, ndim: int) -> tuple[int, ...]:
     return axes
 
 
+def numpy_names(function: F) -> F:
+    """Let `function` also take NumPy's `axis` and `keepdims` for `dim` and `keepdim`, as torch."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if "axis" in kwargs:
+            kwargs["dim"] = kwargs.pop("axis")
+        if "keepdims" in kwargs:
+            kwargs["keepdim"] = kwargs.pop("keepdims")
+        return function(*args, **kwargs)
+
+    return wrapped  # type: ignore[return-value]
+
+
 def _rand(*shape: int) -> np.ndarray:
     return np.random.RandomState(0).rand(*shape)
+
+
+def numel(input: Any) -> int:
+    """How many elements a Tensor or array has. Source: torch.numel."""
+    return array_of(input).size  # type: ignore[no-any-return]
 
 
 # --- reshape and friends -----------------------------------------------------------------------
@@ -117,6 +138,11 @@ def flatten(input: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
         raise RuntimeError("flatten() has invalid args: start_dim cannot come after end_dim")
     shape = tuple(input.shape)
     return reshape(input, (*shape[:first], math.prod(shape[first : last + 1]), *shape[last + 1 :]))
+
+
+def ravel(input: Any) -> Any:
+    """`reshape(-1)`. Source: torch.ravel."""
+    return reshape(input, (-1,))
 
 
 def unflatten(input: Any, dim: int, sizes: Sequence[int]) -> Any:
@@ -221,6 +247,22 @@ def expand(input: Any, shape: Sequence[int]) -> Any:
                 f"Tensor sizes: {list(old)}"
             )
     return _expand(input, shape=new)
+
+
+def broadcast_shapes(*shapes: Any) -> tuple[int, ...]:
+    """The shape that tensors of these shapes broadcast to. Source: torch.broadcast_shapes."""
+    try:
+        return np.broadcast_shapes(*shapes)
+    except ValueError as error:
+        raise RuntimeError(
+            f"Shape mismatch: objects cannot be broadcast to a single shape: {error}"
+        ) from None
+
+
+def broadcast_tensors(*tensors: Any) -> tuple[Any, ...]:
+    """Views of the tensors, all of their common shape. Source: torch.broadcast_tensors."""
+    shape = broadcast_shapes(*[t.shape for t in tensors])
+    return tuple(expand(t, shape) for t in tensors)
 
 
 def broadcast_to(input: Any, shape: Sequence[int]) -> Any:

@@ -7,7 +7,18 @@ group against what all of them must do.
 
 from __future__ import annotations
 
+from dtrain.autograd.gradcheck import GradcheckError, gradcheck, gradgradcheck
 from dtrain.testing.leaks import LeakError, check_leaks
 from dtrain.testing.world import Outcome, RankFailed, run_ranks, run_world
 
-__all__ = ["LeakError", "Outcome", "RankFailed", "check_leaks", "run_ranks", "run_world"]
+__all__ = [
+    "GradcheckError",
+    "LeakError",
+    "Outcome",
+    "RankFailed",
+    "check_leaks",
+    "gradcheck",
+    "gradgradcheck",
+    "run_ranks",
+    "run_world",
+]
