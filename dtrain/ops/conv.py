@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dtrain.autograd.op import define
+from dtrain.autograd.value import Value
 from dtrain.ops.reduce import sum
 from dtrain.ops.shape import reshape
 from dtrain.ops.windows import Geometry, Pair, Windows
@@ -28,6 +29,12 @@ def _weight_matrices(weight: np.ndarray, groups: int) -> np.ndarray:
     """(O, C / groups, kh, kw) as (groups, O / groups, kh * kw * C / groups): channels last."""
     last = weight.transpose(0, 2, 3, 1)
     return np.ascontiguousarray(last).reshape(groups, weight.shape[0] // groups, -1)
+
+
+def _by_group(x: np.ndarray, groups: int) -> np.ndarray:
+    """(N, C, H, W) as (N, groups, C / groups, H * W)."""
+    count, channels, height, width = x.shape
+    return x.reshape(count, groups, channels // groups, height * width)
 
 
 def _conv_forward(
@@ -49,7 +56,7 @@ def _weight_grad_forward(x: np.ndarray, g: np.ndarray, *, geometry: Geometry) ->
     groups, (height, width) = geometry.groups, geometry.kernel
     channels = geometry.image[0] // groups
     windows = Windows(geometry, x.dtype)
-    grads = g.reshape(len(g), groups, g.shape[1] // groups, -1)
+    grads = _by_group(g, groups)
     total = np.zeros((*grads.shape[1:3], height * width * channels), g.dtype)
     for image, grad in zip(x, grads, strict=True):
         for pixels, values in windows.matrices(image):
@@ -64,7 +71,7 @@ def _input_grad_forward(g: np.ndarray, weight: np.ndarray, *, geometry: Geometry
         return _conv_forward(g, _mirrored(weight, geometry.groups), None, geometry=back)
     matrices = _weight_matrices(weight, geometry.groups)
     windows = Windows(geometry, g.dtype)
-    grads = g.reshape(len(g), *matrices.shape[:2], -1).transpose(0, 1, 3, 2)
+    grads = _by_group(g, geometry.groups).transpose(0, 1, 3, 2)
     out = np.empty((len(g), *geometry.image), g.dtype)
     for grad, result in zip(grads, out, strict=True):
         windows.clear()
@@ -88,6 +95,37 @@ def _backwards(geometry: Geometry, weight: np.ndarray) -> Geometry | None:
         (len(weight), *geometry.out), geometry.kernel, (1, 1), (edges[0], edges[1]),
         geometry.dilation, geometry.groups,
     )  # fmt: skip
+
+
+def _conv_vjp(n: Any, g: Any) -> Any:
+    bias = sum(g, (0, 2, 3)) if n.needs[2] else None
+    back = _backwards(n.geometry, n.weight)
+    if n.needs[0] and n.needs[1] and back is not None and not isinstance(g, Value):
+        return *_both_grads(n.x, n.weight, g, n.geometry, back), bias
+    return (
+        _input_grad(g, n.weight, geometry=n.geometry) if n.needs[0] else None,
+        _weight_grad(n.x, g, geometry=n.geometry) if n.needs[1] else None,
+        bias,
+    )
+
+
+def _both_grads(
+    x: np.ndarray, weight: np.ndarray, g: np.ndarray, geometry: Geometry, back: Geometry
+) -> tuple[np.ndarray, np.ndarray]:
+    """The gradients of input and weight from the same windows of g, which are made once."""
+    groups, (height, width) = geometry.groups, geometry.kernel
+    matrices = _weight_matrices(_mirrored(weight, groups), groups)
+    windows = Windows(back, g.dtype)
+    images = _by_group(x, groups)
+    dx, total = np.empty_like(images), np.zeros_like(matrices)
+    for image, grad, result in zip(images, g, dx, strict=True):
+        for pixels, values in windows.matrices(grad):
+            np.matmul(matrices, values, out=result[:, :, pixels])
+            total += np.matmul(image[:, :, pixels], values.transpose(0, 2, 1))
+    # (groups, channels, mirrored kernel, outputs) to (groups * outputs, channels, kernel)
+    parts = total.reshape(groups, -1, height, width, weight.shape[0] // groups)
+    dweight = parts[:, :, ::-1, ::-1].transpose(0, 4, 1, 2, 3)
+    return dx.reshape(x.shape), np.ascontiguousarray(dweight).reshape(weight.shape)
 
 
 def _mirrored(weight: np.ndarray, groups: int) -> np.ndarray:
@@ -117,12 +155,8 @@ def _sample(*names: str) -> Any:
 
 
 _conv = define(
-    "convolution", _conv_forward, saves="x weight", sample=_sample("x", "weight", "bias"),
-    vjp=lambda n, g: (
-        _input_grad(g, n.weight, geometry=n.geometry) if n.needs[0] else None,
-        _weight_grad(n.x, g, geometry=n.geometry) if n.needs[1] else None,
-        sum(g, (0, 2, 3)) if n.needs[2] else None,
-    ),
+    "convolution", _conv_forward, saves="x weight", vjp=_conv_vjp,
+    sample=_sample("x", "weight", "bias"),
 )  # fmt: skip
 _input_grad = define(
     "convolution_input_grad", _input_grad_forward, saves="g weight",

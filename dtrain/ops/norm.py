@@ -137,6 +137,10 @@ def _check_normalized(
     return shape
 
 
+def _rows(x: Any, size: int) -> Any:
+    return x if x.ndim == 2 and x.shape[1] == size else reshape(x, (-1, size))
+
+
 def _flat(x: Any, size: int) -> Any:
     return x if x is None or x.ndim == 1 else reshape(x, (size,))
 
@@ -150,9 +154,8 @@ def layer_norm(
     """
     shape = _check_normalized(input, normalized_shape, weight, bias)
     size = math.prod(shape)
-    rows = reshape(input, (-1, size))
-    y = _layer_norm(rows, _flat(weight, size), _flat(bias, size), eps=eps)
-    return reshape(y, tuple(input.shape))
+    y = _layer_norm(_rows(input, size), _flat(weight, size), _flat(bias, size), eps=eps)
+    return y if y.shape == input.shape else reshape(y, tuple(input.shape))
 
 
 def rms_norm(
@@ -165,8 +168,8 @@ def rms_norm(
     size = math.prod(shape)
     if eps is None:
         eps = float(np.finfo(_kind(input)).eps)
-    y = _rms_norm(reshape(input, (-1, size)), _flat(weight, size), eps=eps)
-    return reshape(y, tuple(input.shape))
+    y = _rms_norm(_rows(input, size), _flat(weight, size), eps=eps)
+    return y if y.shape == input.shape else reshape(y, tuple(input.shape))
 
 
 def _kind(x: Any) -> Any:

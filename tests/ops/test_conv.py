@@ -73,8 +73,31 @@ def test_transposed_convolution_is_the_transpose():
     np.testing.assert_allclose((y.numpy() * h).sum(), (back.numpy()[..., :6] * x).sum())
 
 
-def test_no_images_give_no_images():
-    assert F.conv2d(dtrain.zeros(0, 3, 5, 5), dtrain.zeros(2, 3, 3, 3)).shape == (0, 2, 3, 3)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_no_images_give_no_images(stride):
+    x, weight = (dtrain.zeros(n, 3, 3, 3, requires_grad=True) for n in (0, 2))
+    y = F.conv2d(x, weight, stride=stride)
+    assert y.shape == (0, 2, 1, 1)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    assert not weight.grad.any()
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_gradient_wanted_alone_is_the_same(stride, groups):
+    random = np.random.RandomState(0)
+    arrays = random.randn(2, 4, 7, 6), random.randn(6, 4 // groups, 3, 2)
+    found = []
+    for wanted in ((True, True), (True, False), (False, True)):
+        leaves = [dtrain.tensor(a, requires_grad=w) for a, w in zip(arrays, wanted, strict=True)]
+        y = F.conv2d(*leaves, None, stride, 1, groups=groups)
+        y.backward(dtrain.from_numpy(np.arange(float(y.numel())).reshape(y.shape)))
+        found.append([leaf.grad for leaf in leaves])
+    both, first, second = found
+    np.testing.assert_allclose(both[0].numpy(), first[0].numpy(), rtol=1e-12)
+    np.testing.assert_allclose(both[1].numpy(), second[1].numpy(), rtol=1e-12)
+    assert first[1] is second[0] is None
 
 
 R = dtrain.zeros
