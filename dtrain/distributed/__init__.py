@@ -16,6 +16,11 @@ from dtrain.comm.reduce import (
 from dtrain.comm.work import (
     Future as Future,
 )
+from dtrain.distributed.coalescing import (
+    _coalescing_manager as _coalescing_manager,
+    all_gather_coalesced as all_gather_coalesced,
+    all_reduce_coalesced as all_reduce_coalesced,
+)
 from dtrain.distributed.collectives import (
     all_gather as all_gather,
     all_gather_into_tensor as all_gather_into_tensor,
@@ -28,11 +33,19 @@ from dtrain.distributed.collectives import (
     gather as gather,
     gather_into_tensor as gather_into_tensor,
     gather_single as gather_single,
+    monitored_barrier as monitored_barrier,
     reduce as reduce,
     reduce_scatter as reduce_scatter,
     reduce_scatter_single as reduce_scatter_single,
     reduce_scatter_tensor as reduce_scatter_tensor,
     scatter as scatter,
+)
+from dtrain.distributed.debugging import (
+    DebugLevel as DebugLevel,
+    breakpoint as breakpoint,
+    get_debug_level as get_debug_level,
+    set_debug_level as set_debug_level,
+    set_debug_level_from_env as set_debug_level_from_env,
 )
 from dtrain.distributed.groups import (
     destroy_process_group as destroy_process_group,
@@ -63,6 +76,8 @@ from dtrain.distributed.objects import (
     send_object_list as send_object_list,
 )
 from dtrain.distributed.point_to_point import (
+    P2POp as P2POp,
+    batch_isend_irecv as batch_isend_irecv,
     irecv as irecv,
     isend as isend,
     recv as recv,
@@ -71,6 +86,10 @@ from dtrain.distributed.point_to_point import (
 from dtrain.distributed.rendezvous import (
     register_rendezvous_handler as register_rendezvous_handler,
     rendezvous as rendezvous,
+)
+from dtrain.distributed.sections import (
+    rank0_first as rank0_first,
+    rank0_section as rank0_section,
 )
 from dtrain.distributed.stores import (
     FileStore as FileStore,

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from dtrain.comm import collectives as calls
+from dtrain.comm.monitored import MonitoredBarrier
 from dtrain.comm.reduce import ReduceOp
 from dtrain.distributed.staging import (
     Async,
@@ -30,6 +31,8 @@ from dtrain.distributed.staging import (
 from dtrain.distributed.work import seconds
 from dtrain.distributed.world import ProcessGroup, resolve
 from dtrain.tensor import Tensor
+
+SAYING = 2.0  # seconds in which a monitored barrier's error must have reached all ranks
 
 
 def broadcast(
@@ -271,3 +274,19 @@ def barrier(
     if outside(group):
         return None
     return submit(resolve(group), calls.Barrier(), Landing(), async_op, seconds(timeout))
+
+
+def monitored_barrier(group: Any = None, timeout: Any = None, wait_all_ranks: bool = False) -> None:
+    """A barrier whose timeout names all ranks that did not come, on every rank that did.
+
+    `timeout` (seconds or timedelta, default the group's) is how long rank 0 of the group waits. A
+    rank that is gone ends the wait at once (`PeerLost`), unless `wait_all_ranks`: then it is named
+    with the others. A failure fails the group. Costs more than `barrier`: rank 0 hears from all.
+    """
+    if outside(group):
+        return
+    where = resolve(group)
+    patience = seconds(timeout) or where.arrays.timeout
+    call = MonitoredBarrier(where.ranks, patience, wait_all_ranks)
+    # Rank 0 decides: the others give it time to say who is missing.
+    where.issue(call, timeout=patience + (SAYING if where.rank() else 0.0))

@@ -1,4 +1,4 @@
-"""Messages between two ranks: `send`, `recv`, `isend`, `irecv`.
+"""Messages between two ranks: `send`, `recv`, `isend`, `irecv`, `batch_isend_irecv`.
 
 A send does not wait for its receiver, only until the tensor may be changed again. Messages of one
 pair and tag arrive in the order they were sent. Source: torch.distributed.
@@ -6,9 +6,8 @@ pair and tag arrive in the order they were sent. Source: torch.distributed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
-
-import numpy as np
 
 from dtrain.comm.point_to_point import Recv, Send
 from dtrain.distributed.staging import Landing, check_tensor, root_of
@@ -30,6 +29,62 @@ def _peer(group: ProcessGroup, given: int | None, in_group: int | None, name: st
     return peer
 
 
+class P2POp:
+    """One `isend` or `irecv` for `batch_isend_irecv`. Source: torch.distributed.P2POp.
+
+    `peer` is a global rank, `group_peer` one of the group; both are set afterwards, or None for a
+    receive from any source.
+    """
+
+    def __init__(
+        self,
+        op: Callable[..., Work],
+        tensor: Tensor,
+        peer: int | None = None,
+        group: Any = None,
+        tag: int = 0,
+        group_peer: int | None = None,
+    ) -> None:
+        if op not in (isend, irecv):
+            raise ValueError(
+                "Invalid ``op``. Expected ``op`` to be of type ``torch.distributed.isend`` or "
+                "``torch.distributed.irecv``."
+            )
+        self.op, self.tensor, self.tag = op, check_tensor(tensor, "tensor"), tag
+        self.group = resolve(group)
+        self.group_peer: int | None = None
+        if op is isend or peer is not None or group_peer is not None:
+            self.group_peer = _peer(self.group, peer, group_peer, "dst" if op is isend else "src")
+        self.peer = None if self.group_peer is None else self.group.ranks[self.group_peer]
+
+    def start(self) -> Work:
+        """Issue the call."""
+        return self.op(self.tensor, None, self.group, self.tag, self.group_peer)
+
+    def __repr__(self) -> str:
+        shape = tuple(self.tensor.shape)
+        return f"P2POp({self.op.__name__}, {shape}, peer={self.peer}, tag={self.tag})"
+
+
+def batch_isend_irecv(p2p_op_list: list[P2POp]) -> list[Work]:
+    """Start several sends and receives at once; their Works, in the order given.
+
+    The order in the list cannot deadlock: receives are posted before anything is sent, and no send
+    waits for its receiver. Calls of one direction, pair and tag are matched in list order, which
+    must therefore be that of the other rank's list.
+    """
+    if not isinstance(p2p_op_list, list) or not all(isinstance(op, P2POp) for op in p2p_op_list):
+        raise ValueError(
+            "Invalid ``p2p_op_list``. Each op is expected to to be of type "
+            "``torch.distributed.P2POp``."
+        )
+    if len({id(op.group) for op in p2p_op_list}) > 1:
+        raise ValueError("All ops need to use the same group.")
+    order = sorted(range(len(p2p_op_list)), key=lambda i: p2p_op_list[i].op is isend)
+    works = {i: p2p_op_list[i].start() for i in order}
+    return [works[i] for i in range(len(p2p_op_list))]
+
+
 def isend(
     tensor: Tensor, dst: int | None = None, group: Any = None, tag: int = 0,
     group_dst: int | None = None,
@@ -37,8 +92,9 @@ def isend(
     """Start sending `tensor` to rank `dst`; it must not change before the Work is complete."""
     check_tensor(tensor, "tensor")
     where = resolve(group)
-    call = Send(np.ascontiguousarray(tensor._data), _peer(where, dst, group_dst, "dst"), tag)
-    return Work(where.issue(call, async_op=True), [tensor])
+    landing = Landing()
+    call = Send(landing.read(tensor), _peer(where, dst, group_dst, "dst"), tag)
+    return Work(where.issue(call, async_op=True, inputs=landing.inputs), [tensor])
 
 
 def irecv(
@@ -52,7 +108,8 @@ def irecv(
     if src is not None or group_src is not None:
         source = _peer(where, src, group_src, "src")
     call = Recv(landing.into(tensor, read=False), source, tag)
-    return Work(where.issue(call, async_op=True), [tensor], landing.finish)
+    work = where.issue(call, async_op=True, outputs=landing.tensors)
+    return Work(work, [tensor], landing.finish)
 
 
 def send(

@@ -134,6 +134,11 @@ class Batch:
         self.group = group
         self.works: list[Work] = []
 
+    def wait(self) -> None:
+        """Wait for all of them; raises the first failure."""
+        for work in self.works:
+            work.wait()
+
 
 batch_here: ContextVar[Batch | None] = ContextVar("dtrain_batch", default=None)
 

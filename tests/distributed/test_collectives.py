@@ -6,12 +6,14 @@ adds: tensors, lists, global ranks, non-contiguous memory, async handles, error 
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 import dtrain as torch
 import dtrain.distributed as dist
 from dtrain.autograd.node import version_of
-from dtrain.errors import CollectiveMismatch
+from dtrain.errors import CollectiveMismatch, CollectiveTimeout, PeerLost
 from dtrain.testing.distributed import run_distributed
 
 N = 3
@@ -189,3 +191,46 @@ def test_mismatch_raises_the_same_error_on_all_ranks(first, second, transport):
     assert sentences[0].count("test_collectives.py") >= 2  # both calls, with their lines
     assert "rank 0" in sentences[0]
     assert "rank 1" in sentences[0]
+
+
+def check_monitored_barrier():
+    """Ranks 1 and 3 of 4 do not come: both are named, on every rank that came."""
+    for _ in range(2):
+        dist.monitored_barrier(timeout=20)
+    if me() in (0, 2):
+        with pytest.raises(CollectiveTimeout) as caught:
+            dist.monitored_barrier(timeout=0.1, wait_all_ranks=True)
+        assert str(caught.value).startswith("[Rank 0]: Ranks 1, 3 failed to pass monitoredBarrier")
+        assert caught.value.ranks == [1, 3]
+        come.wait()
+    else:
+        come.wait()
+
+
+come = threading.Barrier(4, timeout=20)
+
+
+@pytest.mark.parametrize("transport", ["local", "zmq"])
+def test_monitored_barrier_names_who_did_not_come(transport):
+    run_distributed(4, check_monitored_barrier, transport=transport)
+
+
+def check_monitored_barrier_and_deaths():
+    """Rank 1 is gone: that ends the wait, or it is named with rank 2, which is late."""
+    pair = dist.new_group([0, 1, 2])
+    if me() == 1:
+        dist.destroy_process_group(pair)
+    elif me() == 0:
+        with pytest.raises(PeerLost, match="rank 1 has closed"):
+            dist.monitored_barrier(pair, timeout=20)
+    every = dist.new_group([0, 1, 2])
+    if me() == 1:
+        dist.destroy_process_group(every)
+    elif me() == 0:
+        with pytest.raises(CollectiveTimeout, match="Ranks 1, 2 failed to pass"):
+            dist.monitored_barrier(every, timeout=0.1, wait_all_ranks=True)
+    dist.barrier()
+
+
+def test_monitored_barrier_and_ranks_that_are_gone():
+    run_distributed(3, check_monitored_barrier_and_deaths)

@@ -1,4 +1,4 @@
-"""send, recv, isend, irecv: order, tags, any source, wrong peers."""
+"""send, recv, isend, irecv, batches: order, tags, any source, wrong peers."""
 
 from __future__ import annotations
 
@@ -66,9 +66,61 @@ def check_strided():
         assert base.tolist() == [[0, 2], [1, 3]]
 
 
-@pytest.mark.parametrize(
-    "check", [check_ring, check_order_and_tags, check_any_source, check_wrong_peers, check_strided]
-)
+def check_batch():
+    """Every rank sends to and receives from both neighbours; sends stand first in the list."""
+    rank, n = dist.get_rank(), dist.get_world_size()
+    after, before = (rank + 1) % n, (rank - 1) % n
+    got = {peer: torch.zeros(1000) for peer in (after, before)}
+    ops = [
+        dist.P2POp(dist.isend, torch.full((1000,), 10.0 * rank), after),
+        dist.P2POp(dist.isend, torch.full((1000,), 10.0 * rank + 1), group_peer=before, tag=1),
+        dist.P2POp(dist.irecv, got[before], before),
+        dist.P2POp(dist.irecv, got[after], after, tag=1),
+    ]
+    works = dist.batch_isend_irecv(ops)
+    for work in works:
+        work.wait()
+    assert works[2].source_rank() == before
+    assert got[before].unique().tolist() == [10.0 * before]
+    assert got[after].unique().tolist() == [10.0 * after + 1]
+    assert repr(ops[0]) == f"P2POp(isend, (1000,), peer={after}, tag=0)"
+    assert dist.batch_isend_irecv([]) == []
+
+
+def check_batch_in_order():
+    """Two messages of one pair and tag arrive in the order of the lists."""
+    if dist.get_rank() == 0:
+        ops = [dist.P2POp(dist.isend, torch.tensor([k]), 1) for k in (1, 2)]
+    elif dist.get_rank() == 1:
+        ops = [dist.P2POp(dist.irecv, torch.tensor([0]), peer) for peer in (None, 0)]
+    else:
+        return
+    for work in dist.batch_isend_irecv(ops):
+        work.wait()
+    assert [op.tensor.item() for op in ops] == [1, 2]
+
+
+def check_wrong_batches():
+    rank, x = dist.get_rank(), torch.ones(1)
+    with pytest.raises(ValueError, match="Invalid ``op``"):
+        dist.P2POp(dist.all_reduce, x, 0)
+    with pytest.raises(ValueError, match="same as the rank of the current"):
+        dist.P2POp(dist.isend, x, rank)
+    with pytest.raises(ValueError, match="Invalid ``p2p_op_list``"):
+        dist.batch_isend_irecv([x])
+    peer = (rank + 1) % 3
+    mixed = [dist.P2POp(dist.isend, x, peer, group) for group in (None, dist.new_group())]
+    with pytest.raises(ValueError, match="All ops need to use the same group"):
+        dist.batch_isend_irecv(mixed)
+
+
+CHECKS = [
+    *(check_ring, check_order_and_tags, check_any_source, check_wrong_peers, check_strided),
+    *(check_batch, check_batch_in_order, check_wrong_batches),
+]
+
+
+@pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("transport", ["local", "zmq"])
 def test_point_to_point(check, transport):
     run_distributed(3, check, transport=transport)
