@@ -177,6 +177,7 @@ from dtrain.ops.elementwise import (
     logit as logit,
     nan_to_num as nan_to_num,
     neg as neg,
+    positive as positive,
     rad2deg as rad2deg,
     reciprocal as reciprocal,
     round as round,
