@@ -15,6 +15,7 @@ and raise the same error. The result is told once more, for ranks that have gone
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import defaultdict
@@ -143,7 +144,8 @@ class Agreement:
         mine = self._recorder.find(seq)
         assert mine is not None
         self.announce(mine)
-        self._transport.wait_until(lambda: self._known(seq), time.monotonic() + SETTLE)
+        with contextlib.suppress(PeerLost):  # this rank itself is closing: tell what is known
+            self._transport.wait_until(lambda: self._known(seq), time.monotonic() + SETTLE)
         return self.told or self._mismatch(mine)
 
     def _known(self, seq: int) -> bool:

@@ -13,12 +13,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, ClassVar
 
 import numpy as np
 
 from dtrain.comm import algorithms
+from dtrain.comm.arrays import check_array, check_pair, describe, dtype_name
 from dtrain.comm.channel import Channel
 from dtrain.comm.reduce import SUM, ReduceOp, check_op, combine
 from dtrain.comm.transports.mailbox import Array
@@ -34,47 +34,9 @@ __all__ = [
     "Reduce",
     "ReduceScatter",
     "Scatter",
-    "check_array",
-    "describe",
 ]
 
 Outputs = list[Array | None]
-
-
-@cache
-def _dtype_name(dtype: np.dtype[Any]) -> str:
-    return dtype.name
-
-
-def describe(array: Array) -> str:
-    """ "float32[2, 3]"."""
-    return f"{_dtype_name(array.dtype)}[{str(array.shape)[1:-1].removesuffix(',')}]"
-
-
-def check_array(array: Array | None, what: str, *, writable: bool) -> Array:
-    """Raise unless `array` is a C-contiguous, native array of plain values (and writable)."""
-    if not isinstance(array, np.ndarray):
-        raise TypeError(f"{what}: expected a numpy.ndarray, got {type(array).__name__}")
-    if array.dtype.hasobject or not array.dtype.isnative:
-        raise TypeError(
-            f"{what}: dtype {array.dtype} cannot be exchanged: use a native plain dtype"
-        )
-    if not array.flags.c_contiguous:
-        raise ValueError(f"{what}: Tensors must be contiguous, got strides {array.strides}")
-    if writable and not array.flags.writeable:
-        raise ValueError(f"{what}: the array is read-only, and the result is written to it")
-    return array
-
-
-def _check_pair(whole: Array, part: Array, size: int, what: str) -> None:
-    """`whole` holds one `part` per rank."""
-    if whole.dtype != part.dtype:
-        raise TypeError(f"{what}: dtypes differ: {describe(whole)} and {describe(part)}")
-    if whole.size != size * part.size:
-        raise ValueError(
-            f"{what}: expected {size} x {part.size} elements, got {describe(whole)}"
-            f" for {describe(part)}"
-        )
 
 
 def _check_root(root: int, size: int, what: str) -> None:
@@ -232,7 +194,7 @@ class AllGather(Collective):
     def validate(self, rank: int, size: int) -> None:
         check_array(self.inp, self.kind, writable=False)
         check_array(self.out, self.kind, writable=True)
-        _check_pair(self.out, self.inp, size, self.kind)
+        check_pair(self.out, self.inp, size, self.kind)
 
     @property
     def signature(self) -> str:
@@ -266,7 +228,7 @@ class Gather(Collective):
         if rank == self.root:
             check_array(self.out, "gather on the destination rank", writable=True)
             assert self.out is not None
-            _check_pair(self.out, self.inp, size, self.kind)
+            check_pair(self.out, self.inp, size, self.kind)
         elif self.out is not None:
             raise ValueError("gather: out must be None on all ranks but the destination")
 
@@ -311,7 +273,7 @@ class Scatter(Collective):
         if rank == self.root:
             check_array(self.inp, "scatter on the source rank", writable=False)
             assert self.inp is not None
-            _check_pair(self.inp, self.out, size, self.kind)
+            check_pair(self.inp, self.out, size, self.kind)
         elif self.inp is not None:
             raise ValueError("scatter: inp must be None on all ranks but the source")
 
@@ -345,7 +307,7 @@ class ReduceScatter(Collective):
     def validate(self, rank: int, size: int) -> None:
         check_array(self.inp, self.kind, writable=False)
         check_array(self.out, self.kind, writable=True)
-        _check_pair(self.inp, self.out, size, self.kind)
+        check_pair(self.inp, self.out, size, self.kind)
         check_op(self.op, self.inp.dtype, self.kind)
 
     @property
@@ -405,7 +367,7 @@ class AllToAll(Collective):
     @property
     def signature(self) -> str:
         rows = ", ".join(["*", *map(str, self.inp.shape[1:])])
-        return f"all_to_all({_dtype_name(self.inp.dtype)}[{rows}])"
+        return f"all_to_all({dtype_name(self.inp.dtype)}[{rows}])"
 
     @property
     def output(self) -> Array | None:

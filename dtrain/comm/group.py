@@ -253,16 +253,15 @@ class ProcessGroup:
         return error
 
     def _poison(self, error: BaseException) -> BaseException:
-        """Make `error` the reason of every later failure, here and (unless it came from there)
-        elsewhere.
-        """
+        """Make `error` the reason of every later failure, here and elsewhere."""
         with self._lock:
             if self._failure is not None:
                 return self._failure if isinstance(error, DistError) else error
             self._failure = error
+        # Told even if it came from another rank, and before anybody here wakes up and leaves:
+        # whoever sees this rank's goodbye has then heard the reason. Each rank tells once.
+        self._agreement.tell_failure(error)
         self.transport.fail(error)
-        if self._agreement.told is None:
-            self._agreement.tell_failure(error)
         return error
 
     def abort(self, reason: str | BaseException) -> None:

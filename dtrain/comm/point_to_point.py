@@ -15,8 +15,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from dtrain.comm.arrays import check_array, describe
 from dtrain.comm.channel import note_of, read_note
-from dtrain.comm.collectives import check_array, describe
 from dtrain.comm.transports.base import ANY_SOURCE, Transport
 from dtrain.comm.transports.mailbox import Array
 from dtrain.comm.work import Work

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from dtrain.autograd.grad_mode import is_grad_enabled
-from dtrain.comm.collectives import describe
+from dtrain.comm.arrays import describe
 from dtrain.distributed.work import Work
 from dtrain.distributed.world import GroupMember, ProcessGroup
 from dtrain.tensor import Tensor

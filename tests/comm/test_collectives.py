@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dtrain.comm import algorithms, collectives as c
+from dtrain.comm.arrays import describe
 from dtrain.comm.reduce import AVG, MAX, SUM
 from dtrain.testing.conformance import COLLECTIVES, COUNTS, check_group, make_calls
 from dtrain.testing.world import run_world
@@ -204,6 +205,6 @@ def test_overlapping_all_to_all_is_refused():
 
 
 def test_zero_dimensions_and_bfloat16_in_words():
-    assert c.describe(np.zeros((), ml_dtypes.bfloat16)) == "bfloat16[]"
+    assert describe(np.zeros((), ml_dtypes.bfloat16)) == "bfloat16[]"
     assert c.AllReduce(np.zeros((2, 3)), SUM).signature == "all_reduce(float64[2, 3], op=SUM)"
     assert c.Broadcast(np.zeros(10, np.float32)).signature == "broadcast(float32[10], src=0)"

@@ -65,7 +65,7 @@ def test_the_deadline_shows_all_stacks_and_ends_the_ranks():
         if group.rank:
             release.wait(0.5)
         else:
-            group.submit(c.Barrier())
+            group.submit(c.Barrier(), timeout=20)
 
     with pytest.raises(TimeoutError, match=r"2 of 2 ranks still run after 0\.2 s") as caught:
         run_world(2, stuck_here, timeout=0.2)

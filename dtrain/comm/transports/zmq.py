@@ -348,7 +348,8 @@ class ZmqTransport(Transport):
         # Unreachable or lost: gone already, nobody is left to be told.
         with contextlib.suppress(_Unreachable, PeerLost):
             self._emit(peer, frame)
-            return frame.tracker
+            tracker: zmq.MessageTracker | None = frame.tracker
+            return tracker
         return None
 
     def _destroy(self, linger: float) -> None:
