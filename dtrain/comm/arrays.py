@@ -18,7 +18,7 @@ __all__ = ["check_array", "check_pair", "describe", "dtype_name"]
 
 @cache
 def dtype_name(dtype: np.dtype[Any]) -> str:
-    """ "float32"; NumPy computes it anew each time."""
+    """The name of a dtype, kept: NumPy computes it anew each time."""
     return dtype.name
 
 
