@@ -10,9 +10,11 @@ broken connection stays broken; a peer that comes back is a new peer.
 from __future__ import annotations
 
 import contextlib
+import functools
 import ipaddress
 import os
 import shutil
+import socket as socket_module
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +40,7 @@ _HEARTBEAT_MS = 1_000
 _HEARTBEAT_TIMEOUT_MS = 4_000
 
 _PREFIX = "dtrain-"  # followed by the process id
+_SOCKET = "s"
 
 
 def context() -> zmq.Context[zmq.Socket[bytes]]:
@@ -108,7 +111,7 @@ def listen(socket: zmq.Socket[bytes], where: str = "ipc") -> Listener:
     directory = None
     if where == "ipc":
         directory = _fresh_directory()
-        where = f"ipc://{directory}/s"
+        where = f"ipc://{directory}/{_SOCKET}"
     else:
         where = _loopback(where)
     try:
@@ -125,11 +128,37 @@ def _fresh_directory() -> Path:
     """A new private directory whose socket path fits into sun_path."""
     for base in (tempfile.gettempdir(), "/tmp"):
         if len(os.fsencode(base)) + len(_PREFIX) + 24 <= MAX_UNIX_PATH and os.access(base, os.W_OK):
+            _sweep(base)
             return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=base))
     raise DistNetworkError(
         f"no directory for unix sockets: {tempfile.gettempdir()} is too long (a socket's path has"
         f" at most {MAX_UNIX_PATH} bytes) and /tmp is not writable; set TMPDIR"
     )
+
+
+@functools.cache
+def _sweep(base: str) -> None:
+    """Remove what processes left in `base` that were killed; once per process and directory.
+
+    A directory goes when its process is gone and its socket refuses connections (the process id
+    alone may belong to another container that shares `base`).
+    """
+    for path in Path(base).glob(f"{_PREFIX}*/{_SOCKET}"):
+        pid = path.parent.name.removeprefix(_PREFIX).partition("-")[0]
+        if not Path(f"/proc/{pid}").exists() and _refuses(path):
+            shutil.rmtree(path.parent, ignore_errors=True)
+
+
+def _refuses(path: Path) -> bool:
+    with socket_module.socket(socket_module.AF_UNIX) as probe:
+        probe.settimeout(0.0)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return True
+        except OSError:  # gone already, or not ours
+            return False
+        return False
 
 
 def _loopback(where: str) -> str:

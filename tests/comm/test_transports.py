@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import stat
 import tempfile
 from functools import partial
@@ -117,13 +118,37 @@ def test_a_long_temporary_directory_does_not_break_unix_sockets(tmp_path, monkey
     run_world(2, lambda group: group.submit(Barrier()), transport="zmq")
 
 
+def test_what_a_killed_process_left_is_swept(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    security._sweep.cache_clear()
+    no_such_process = 2**22 + 1  # above the kernel's largest process id
+    dead, live, mine = (
+        tmp_path / name
+        for name in (
+            f"dtrain-{no_such_process}-a",
+            f"dtrain-{no_such_process}-b",
+            f"dtrain-{os.getpid()}-c",
+        )
+    )
+    listening = [socket.socket(socket.AF_UNIX) for _ in range(3)]
+    for directory, sock in zip((dead, live, mine), listening, strict=True):
+        directory.mkdir(mode=0o700)
+        sock.bind(str(directory / "s"))
+    listening[1].listen()
+    for sock in (listening[0], listening[2]):
+        sock.close()
+    security._sweep(str(tmp_path))
+    listening[1].close()
+    assert [directory.exists() for directory in (dead, live, mine)] == [False, True, True]
+
+
 @pytest.mark.parametrize("where", ["tcp://0.0.0.0", "tcp://*:0", "tcp://10.1.2.3:0", "tcp://x:1"])
 def test_only_loopback_may_be_bound(where):
     context = security.context()
     try:
-        socket = security.open_socket(context, zmq.DEALER)
+        sock = security.open_socket(context, zmq.DEALER)
         with pytest.raises(DistNetworkError, match="refusing to listen"):
-            security.listen(socket, where)
+            security.listen(sock, where)
     finally:
         context.destroy(linger=0)
 
@@ -131,8 +156,8 @@ def test_only_loopback_may_be_bound(where):
 @pytest.mark.parametrize("where", ["tcp://127.0.0.1", "tcp://localhost:0", "ipc"])
 def test_loopback_and_private_paths_may_be_bound(where):
     context = security.context()
-    socket = security.open_socket(context, zmq.DEALER)
-    listener = security.listen(socket, where)
+    sock = security.open_socket(context, zmq.DEALER)
+    listener = security.listen(sock, where)
     context.destroy(linger=0)
     listener.remove()
     listener.remove()
