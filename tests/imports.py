@@ -34,7 +34,7 @@ COMPUTE = (
 COMM = (
     ("comm.store", "comm.transports", "comm.security", "comm.topology", "comm.work", "comm.record"),
     ("comm.channel", "comm.arrays", "comm.collectives", "comm.algorithms", "comm.reduce"),
-    ("comm.agreement", "comm.point_to_point"),
+    ("comm.agreement", "comm.monitored", "comm.point_to_point"),
     ("comm.group",),
     ("comm",),
 )

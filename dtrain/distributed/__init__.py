@@ -16,6 +16,16 @@ from dtrain.comm.reduce import (
 from dtrain.comm.work import (
     Future as Future,
 )
+from dtrain.distributed.backend import (
+    Backend as Backend,
+    BackendConfig as BackendConfig,
+    is_backend_available as is_backend_available,
+    is_gloo_available as is_gloo_available,
+    is_mpi_available as is_mpi_available,
+    is_nccl_available as is_nccl_available,
+    is_ucc_available as is_ucc_available,
+    is_xccl_available as is_xccl_available,
+)
 from dtrain.distributed.coalescing import (
     _coalescing_manager as _coalescing_manager,
     all_gather_coalesced as all_gather_coalesced,
@@ -50,9 +60,11 @@ from dtrain.distributed.debugging import (
 from dtrain.distributed.groups import (
     destroy_process_group as destroy_process_group,
     get_backend as get_backend,
+    get_backend_config as get_backend_config,
     get_global_rank as get_global_rank,
     get_group_rank as get_group_rank,
     get_node_local_rank as get_node_local_rank,
+    get_pg_count as get_pg_count,
     get_process_group_ranks as get_process_group_ranks,
     get_rank as get_rank,
     get_world_size as get_world_size,
@@ -62,6 +74,7 @@ from dtrain.distributed.groups import (
     is_initialized as is_initialized,
     is_torchelastic_launched as is_torchelastic_launched,
     new_group as new_group,
+    set_timeout as set_timeout,
 )
 from dtrain.distributed.hooks import (
     PostHookArgs as PostHookArgs,
@@ -97,6 +110,11 @@ from dtrain.distributed.stores import (
     PrefixStore as PrefixStore,
     Store as Store,
     TCPStore as TCPStore,
+)
+from dtrain.distributed.subgroups import (
+    new_subgroups as new_subgroups,
+    new_subgroups_by_enumeration as new_subgroups_by_enumeration,
+    split_group as split_group,
 )
 from dtrain.distributed.work import (
     Work as Work,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import functools
-import logging
 import os
 from collections.abc import Sequence
 from datetime import timedelta
@@ -17,17 +16,12 @@ from typing import Any
 from dtrain import env
 from dtrain.comm.group import DEFAULT_TIMEOUT, ProcessGroup as ArrayGroup
 from dtrain.comm.store.base import Store
-from dtrain.comm.store.memory import MemoryStore
 from dtrain.comm.store.prefix import PrefixStore
+from dtrain.distributed.backend import BackendConfig, transport_for
 from dtrain.distributed.rendezvous import rendezvous
 from dtrain.distributed.work import seconds
 from dtrain.distributed.world import GroupMember, ProcessGroup, current_world, resolve
 from dtrain.ranks import set_world
-
-_log = logging.getLogger("dtrain.distributed")
-
-TRANSPORTS = ("local", "zmq")
-ALIASES = ("gloo", "nccl", "cpu:gloo,cuda:nccl")
 
 
 def is_available() -> bool:
@@ -48,31 +42,6 @@ def is_torchelastic_launched() -> bool:
 is_dtrun_launched = is_torchelastic_launched
 
 
-def _underlying(store: Store) -> Store:
-    while isinstance(store, PrefixStore):
-        store = store.underlying_store
-    return store
-
-
-def transport_for(backend: str | None, store: Store) -> str:
-    """The transport that a backend name means.
-
-    None and torch's names mean ours: `local` for ranks that are threads of one process (their
-    store is in memory), `zmq` otherwise.
-    """
-    name = None if backend is None else str(backend).lower()
-    if name in TRANSPORTS:
-        return name
-    if name is not None and name not in ALIASES:
-        raise RuntimeError(
-            f"Unknown backend type {backend} (known: {', '.join((*TRANSPORTS, *ALIASES))})"
-        )
-    chosen = "local" if isinstance(_underlying(store), MemoryStore) else "zmq"
-    if name is not None:
-        _log.info("backend %r: dtrain's own transport %r takes its place", name, chosen)
-    return chosen
-
-
 def init_process_group(
     backend: str | None = None,
     init_method: str | None = None,
@@ -89,7 +58,8 @@ def init_process_group(
     Either `store` with `rank` and `world_size`, or an `init_method` URL (default `env://`). All
     ranks must call it; it blocks until they have, at most `timeout` (timedelta or seconds,
     default 30 minutes, which is also the default deadline of every collective).
-    `backend`: None, "zmq" or "local"; "gloo" and "nccl" are taken as names for ours.
+    `backend`: None, "zmq", "local" or a registered one; "gloo" and "nccl" are taken as names for
+    ours, and of "cpu:gloo,cuda:nccl" the CPU's part counts.
     `group_name`, `pg_options` and `device_id` are accepted and change nothing.
 
     ValueError when called twice or when rank, world size or address are missing.
@@ -159,6 +129,23 @@ def get_world_size(group: Any = None) -> int:
 def get_backend(group: Any = None) -> str:
     """The name of the group's backend, as it was asked for."""
     return resolve(group).backend
+
+
+def get_backend_config(group: Any = None) -> str:
+    """The group's backend by device: "cpu:zmq"."""
+    return repr(BackendConfig(get_backend(group)))
+
+
+def get_pg_count() -> int:
+    """How many groups this rank is a member of now, the default one among them."""
+    return len(current_world().made)
+
+
+def set_timeout(timeout: timedelta | float, group: Any = None) -> None:
+    """Set the deadline of the group's later calls on this rank, as a timedelta or in seconds."""
+    patience = seconds(timeout)
+    assert patience is not None
+    resolve(group).set_timeout(patience)
 
 
 def get_node_local_rank(fallback_rank: int | None = None) -> int:

@@ -86,6 +86,10 @@ class ProcessGroup:
                 f"(members: {list(self.ranks)})"
             ) from None
 
+    def get_group_store(self) -> Store:
+        """The store through which the group was made, with its prefix."""
+        return self.arrays.store
+
     def set_timeout(self, timeout: timedelta | float) -> None:
         """Set the deadline of later calls that have none of their own, on this rank."""
         self.arrays.timeout = as_seconds(timeout)
