@@ -112,7 +112,7 @@ for _name, _op in COMPARISONS.items():
 Tensor.__neg__ = ew.neg  # type: ignore[attr-defined]
 Tensor.__abs__ = ew.abs  # type: ignore[attr-defined]
 Tensor.__invert__ = cp.bitwise_not  # type: ignore[attr-defined]
-Tensor.__pos__ = lambda self: self  # type: ignore[attr-defined]
+Tensor.__pos__ = ew.positive  # type: ignore[attr-defined]
 
 # {family: names}: methods that are the public function of the same name
 METHODS: dict[Any, str] = {
@@ -145,7 +145,7 @@ for _module, _names in METHODS.items():
         setattr(Tensor, _name, getattr(_module, _name))
 
 for _name, _function in {
-    "view": sh.view, "reshape": sh.reshape, "permute": sh.permute, "expand": sh.expand,
+    "view": sh.view, "reshape": sh.reshape, "permute": sh.permute, "expand": sh.expand, "broadcast_to": sh.expand,
     "repeat": order.repeat, "tile": order.tile, "flip": order.flip,
 }.items():  # fmt: skip
     setattr(Tensor, _name, sizes(_function))
@@ -158,7 +158,7 @@ OTHERS = {
     "greater": cp.gt, "greater_equal": cp.ge, "less": cp.lt, "less_equal": cp.le,
     "not_equal": cp.ne,
     "swapaxes": sh.transpose, "swapdims": sh.transpose, "moveaxis": sh.movedim,
-    "broadcast_to": sh.expand, "clamp_min": ar.clamp_min, "clamp_max": ar.clamp_max,
+    "clamp_min": ar.clamp_min, "clamp_max": ar.clamp_max,
     "erf": special.erf,
 }  # fmt: skip
 for _name, _function in OTHERS.items():

@@ -240,9 +240,9 @@ def _binary(op: Op, promote: Callable[..., Any] | None) -> Callable[..., Any]:
     def function(input: Any, other: Any) -> Any:
         out = call(input, other)
         if out is NotImplemented:
-            wrong = input if isinstance(other, Value) else other
+            name, wrong = ("input", input) if isinstance(other, Value) else ("other", other)
             raise TypeError(
-                f"{op.name}(): argument must be Tensor or a number, not {type(wrong).__name__}"
+                f"{op.name}(): argument '{name}' must be Tensor, not {type(wrong).__name__}"
             )
         return out
 

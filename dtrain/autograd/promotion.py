@@ -39,6 +39,8 @@ def cast(x: Any, *, dtype: dtypes.dtype) -> Any:
         return x
     if not isinstance(x, Value):
         return _cast(np.asarray(x), dtype=dtype)
+    if not (dtype.is_floating_point or dtype.is_complex):  # gradients end at the integers
+        return make(_cast(x._data, dtype=dtype))
     return _cast_op(x, dtype=dtype, source=source)
 
 

@@ -265,7 +265,7 @@ logaddexp = define(
 
 def xlogy(input: Any, other: Any) -> Any:
     """`input * log(other)`, 0 where input is 0 (unless other is nan). Source: torch.xlogy."""
-    harmless = (input == 0) & (other == other)
+    harmless = (input == 0) & (other <= 0)
     return where(harmless, 0.0, input * log(where(harmless, 1.0, other)))
 
 

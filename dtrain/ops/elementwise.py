@@ -121,7 +121,7 @@ frac = define("frac", lambda x: x - np.trunc(x), vjp=lambda n, g: (g,), sample=_
 logit = define("logit", lambda x: np.log(x / (1 - x)), promote=FLOATING, saves="x",
                sample=_one(0.1, 0.9), vjp=lambda n, g: (g / (n.x * (1 - n.x)),))  # fmt: skip
 
-sign = define("sign", lambda x: x if x.dtype.kind == "b" else np.sign(x), vjp=flat_vjp,
+sign = define("sign", lambda x: x.copy() if x.dtype.kind == "b" else np.sign(x), vjp=flat_vjp,
               sample=_one())  # fmt: skip
 floor = define("floor", np.floor, vjp=flat_vjp, sample=_one())
 ceil = define("ceil", np.ceil, vjp=flat_vjp, sample=_one())
@@ -137,6 +137,13 @@ def round(input: Any, *, decimals: int = 0) -> Any:
     return _round(input, decimals=decimals)
 
 
+def positive(input: Any) -> Any:
+    """The tensor itself; RuntimeError for bool. Source: torch.positive."""
+    if input._data.dtype.kind == "b":
+        raise RuntimeError("The `+` operator, on a bool tensor is not supported.")
+    return input
+
+
 def nan_to_num(
     input: Any, nan: float = 0.0, posinf: float | None = None, neginf: float | None = None
 ) -> Any:
@@ -145,7 +152,7 @@ def nan_to_num(
     Source: torch.nan_to_num.
     """
     if input._data.dtype.kind in "biu":
-        return input
+        return make(input._data.copy())
     limits = np.finfo(input._data.dtype)
     top = float(limits.max) if posinf is None else posinf
     bottom = float(limits.min) if neginf is None else neginf

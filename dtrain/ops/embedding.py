@@ -1,6 +1,6 @@
 """Rows of a table picked by index: embedding, and one-hot vectors.
 
-The gradient adds up the rows' parts in the order of the index, whatever the number of threads.
+The gradient adds up the rows' parts in a fixed order: the same bits every time.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from dtrain.autograd.op import define
 from dtrain.autograd.promotion import cast
 from dtrain.autograd.value import Value, array_of
 from dtrain.ops.compare import where
-from dtrain.ops.index import getitem
+from dtrain.ops.index import getitem, place
 from dtrain.ops.shape import axis_of, broadcast_to, reshape
 
 
@@ -80,6 +80,8 @@ _gather = define(
 
 def gather(input: Any, dim: int, index: Any) -> Any:
     """`out[i][j] = input[i][index[i][j]]` for dim = 1; `out` has index's shape. Source: torch."""
+    if input.ndim == 0:
+        return reshape(gather(reshape(input, (1,)), dim, reshape(index, (-1,))), index.shape)
     axis = axis_of(dim, input.ndim)
     x, i = array_of(input), array_of(index)
     _check_gather(x, i, axis, "gather")
@@ -102,6 +104,18 @@ def _along(index: np.ndarray, dim: int) -> tuple[Any, ...]:
     return tuple(grid)
 
 
+def _gathered(n: Any, g: Any) -> Any:
+    """The gradient of a scattered source: zero where the index was smaller than it."""
+    found = gather(g, n.dim, n.index)
+    shape = n.shapes[2]
+    if not shape:
+        return found.sum()
+    if tuple(found.shape) == shape:
+        return found
+    part = tuple([slice(size) for size in found.shape])
+    return place(found, index=part, shape=shape, unique=True)
+
+
 def _scatter_add_forward(
     x: np.ndarray, index: np.ndarray, source: np.ndarray, *, dim: int
 ) -> np.ndarray:
@@ -117,7 +131,7 @@ def _scatter_add_forward(
 
 _scatter_add = define(
     "scatter_add", _scatter_add_forward, inputs="x index source", saves="index",
-    vjp=lambda n, g: (g, None, gather(g, n.dim, n.index) if n.needs[2] else None),
+    vjp=lambda n, g: (g, None, _gathered(n, g) if n.needs[2] else None),
     sample=lambda: [((_rand(3, 4), np.array([[0, 1], [2, 2], [3, 0]]), _rand(3, 2)), {"dim": 1})],
 )  # fmt: skip
 
@@ -144,7 +158,7 @@ def _scatter_vjp(n: Any, g: Any) -> Any:
         keep = np.ones(n.shapes[0], bool)
         keep[_along(array_of(n.index), n.dim)] = False
         kept = g * keep
-    return kept, None, gather(g, n.dim, n.index) if n.needs[2] else None
+    return kept, None, _gathered(n, g) if n.needs[2] else None
 
 
 _scatter = define(

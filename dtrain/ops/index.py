@@ -7,6 +7,7 @@ indices add up in gradients, in a fixed order.
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 import warnings
@@ -148,7 +149,7 @@ def take(x: np.ndarray, index: Index) -> np.ndarray:
 
 
 def sum_rows(g: np.ndarray, index: np.ndarray, rows: int) -> np.ndarray:
-    """`out[index[i]] += g[i]` for rows g, in the order of i for every row of `out`.
+    """`out[index[i]] += g[i]` for rows g, in a fixed order for every row of `out`.
 
     Sorting and one `add.reduceat` is many times faster than `np.add.at` on rows.
     """
@@ -176,8 +177,8 @@ def _place(g: np.ndarray, *, index: Index, shape: tuple[int, ...], unique: bool)
     if not unique and all(isinstance(p, np.ndarray) and p.dtype.kind != "b" for p in index):
         rows = _flat_rows(index, shape)
         lead = len(index)
-        total = int(np.prod(shape[:lead]))
-        return sum_rows(g.reshape(rows.size, -1), rows.reshape(-1), total).reshape(shape)
+        total, width = math.prod(shape[:lead]), math.prod(shape[lead:])
+        return sum_rows(g.reshape(rows.size, width), rows.reshape(-1), total).reshape(shape)
     out = np.zeros(shape, g.dtype)
     if unique:
         out[index] = g
@@ -187,10 +188,10 @@ def _place(g: np.ndarray, *, index: Index, shape: tuple[int, ...], unique: bool)
 
 
 def _index_vjp(n: Any, g: Any) -> Any:
-    return (_place_op(g, index=n.index, shape=n.shapes[0], unique=n.unique),)
+    return (place(g, index=n.index, shape=n.shapes[0], unique=n.unique),)
 
 
-_place_op = define(
+place = define(
     "index_place", _place, vjp=lambda n, g: (_again(g, n.index, n.unique),),
     sample=lambda: [((_rand(2, 3),), {"index": (np.array([1, -3]),), "shape": (4, 3),
                                       "unique": False})],

@@ -99,8 +99,8 @@ def read_only() -> RuntimeError:
     """torch's error for writing into an expanded tensor; ours may also be somebody's constant."""
     return RuntimeError(
         "unsupported operation: more than one element of the written-to tensor refers to a single "
-        "memory location (or its memory is read-only). Please clone() the tensor before performing "
-        "the operation."
+        "memory location. Please clone() the tensor before performing the operation. (Or its "
+        "memory came read-only from NumPy.)"
     )
 
 

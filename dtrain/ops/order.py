@@ -29,6 +29,8 @@ def repeat(input: Any, sizes: Sequence[int]) -> Any:
             "Number of dimensions of repeat dims can not be smaller than number of dimensions of "
             "tensor"
         )
+    if all(n == 1 for n in sizes):
+        return clone(reshape(input, (1,) * lead + tuple(input.shape)))
     shape = (1,) * lead + tuple(input.shape)
     split = reshape(input, [n for size in shape for n in (1, size)])
     wide = expand(split, [n for r, size in zip(sizes, shape, strict=True) for n in (r, size)])

@@ -243,7 +243,10 @@ def prod(
 
 def _extremum_vjp(n: Any, g: Any) -> Any:
     # ties share the gradient evenly (torch.amax)
-    hit = n.x == spread(n.y, n.dim, n.keepdim, n.shapes[0])
+    y = spread(n.y, n.dim, n.keepdim, n.shapes[0])
+    hit = n.x == y
+    if np.isnan(array_of(n.y)).any():
+        hit = hit | ((n.x != n.x) & (y != y))
     ties = spread(sum(hit, n.dim, True), n.dim, True, n.shapes[0])
     return (where(hit, spread(g, n.dim, n.keepdim, n.shapes[0]), 0.0) / cast(ties, dtype=_kind(g)),)
 

@@ -35,6 +35,10 @@ SAMPLES = [
 every_sample = pytest.mark.parametrize(("op", "arrays", "attrs"), SAMPLES)
 
 
+def is_tensor(value):
+    return isinstance(value, Value)
+
+
 def is_floating(value):
     return isinstance(value, np.ndarray) and value.dtype.kind == "f"
 
@@ -62,13 +66,13 @@ def test_every_differentiable_op_has_a_sample():
 @every_sample
 def test_gradients_to_second_order(op, arrays, attrs):
     inputs = boxed(arrays)
-    if not any(isinstance(x, Value) and x.numel() for x in inputs):
+    if not any(is_tensor(x) and x.numel() for x in inputs):
         return  # nothing to move: the empty sample is for the other tests
 
     def function(*args):
         return tuple(applied(op, args, attrs))
 
-    small = sum(x.numel() for x in inputs if isinstance(x, Value)) < 50
+    small = sum(x.numel() for x in inputs if is_tensor(x)) < 50
     assert gradcheck(function, inputs, fast_mode=not small)
     # the whole matrix of second derivatives would take too long: one random direction
     assert gradgradcheck(function, inputs, fast_mode=True)
@@ -85,11 +89,13 @@ def test_arrays_and_tensors_give_the_same_and_inputs_stay(op, arrays, attrs):
         assert isinstance(tensor, torch.Tensor)
         assert np.asarray(array).dtype == tensor._data.dtype
         np.testing.assert_array_equal(array, tensor._data)
+        own = not any(np.shares_memory(tensor._data, x._data) for x in inputs if is_tensor(x))
+        assert own or tensor._base is not None or op.name == "alias", "a view must say so"
     for y in applied(op, inputs, attrs):
         y.backward(random_like(y))
     for a, b, x in zip(arrays, before, inputs, strict=True):
         np.testing.assert_array_equal(a, b)
-        if isinstance(x, Value):
+        if is_tensor(x):
             np.testing.assert_array_equal(x._data, b)
 
 
@@ -125,7 +131,7 @@ def test_the_rule_gives_no_memory_away(op, arrays, attrs):
     start = random_like(results[0])._data
     given = start if node.op is op else [start] + [None] * (node.total - 1)
     grads = [g for g in op.backward(whole, given, False) if isinstance(g, np.ndarray)]
-    kept = [v._data for v in inputs if isinstance(v, Value)] + [y._data for y in results]
+    kept = [v._data for v in inputs if is_tensor(v)] + [y._data for y in results]
     for i, g in enumerate(grads):
         if g is start:
             continue
@@ -139,9 +145,9 @@ def test_nothing_outlives_backward(op, arrays, attrs):
     inputs = boxed(arrays)
     gc.disable()
     try:
-        middle = [x * 1 if isinstance(x, Value) else x for x in inputs]  # saved, not leaves
+        middle = [x * 1 if is_tensor(x) else x for x in inputs]  # saved, not leaves
         results = applied(op, middle, attrs)
-        held = [weakref.ref(x._data) for x in middle if isinstance(x, Value)]
+        held = [weakref.ref(x._data) for x in middle if is_tensor(x)]
         held += [weakref.ref(y._node) for y in results]
         torch.autograd.backward(results, [random_like(y) for y in results])
         del middle, results
