@@ -132,14 +132,17 @@ from dtrain.errors import (
     QueueEmptyError as QueueEmptyError,
 )
 
-_LAZY = ("nn",)
+_LAZY = ("nn", "device_mesh")
+_LAZY_NAMES = ("DeviceMesh", "init_device_mesh")
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return importlib.import_module(f"dtrain.distributed.{name}")
+    if name in _LAZY_NAMES:
+        return getattr(importlib.import_module("dtrain.distributed.device_mesh"), name)
     raise AttributeError(f"module 'dtrain.distributed' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *_LAZY, *_LAZY_NAMES})

@@ -82,6 +82,7 @@ def test_a_backend_that_loses_a_message(registered):
         else:
             with pytest.raises(CollectiveTimeout, match="no data from rank 0"):
                 dist.all_reduce(x, group=group)
+        dist.barrier()  # rank 0 stays until then
 
     run_distributed(2, main)
 

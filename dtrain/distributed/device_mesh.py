@@ -1,0 +1,317 @@
+"""Ranks arranged in a grid with named axes: `DeviceMesh`, `init_device_mesh`.
+
+A mesh is arithmetic on an array of global ranks; it talks to nobody. The group along an axis is
+made when it is first asked for, and only by its members: all of them must ask, in the same order as
+for other groups they share. Groups belong to the mesh that a slice was cut from, so that equal
+slices share them. Source: torch.distributed.device_mesh.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dtrain.autograd.node import make
+from dtrain.distributed.groups import get_rank, init_process_group, is_initialized, new_group
+from dtrain.distributed.world import ProcessGroup, resolve
+
+Names = tuple[str, ...] | None
+
+
+class _Family:
+    """What a mesh and all its slices share."""
+
+    def __init__(self, root: DeviceMesh, backends: dict[str, str]) -> None:
+        self.root = root
+        self.backends = backends  # {axis: backend}, where it is not the default one
+        self.groups: dict[tuple[int, ...], ProcessGroup] = {}  # {members: group}
+        self.flattened: dict[str, tuple[str, ...]] = {}  # {name: axes}
+
+
+class DeviceMesh:
+    """The grid `mesh` of distinct global ranks, alike on all of them.
+
+    `device_type` is kept and changes nothing. `mesh_dim_names` names the axes. `backend_override`
+    maps an axis's name to the backend of its groups. Source: torch.distributed.device_mesh.
+    """
+
+    def __init__(
+        self,
+        device_type: str,
+        mesh: Any,
+        *,
+        mesh_dim_names: Sequence[str] | None = None,
+        backend_override: dict[str, str] | None = None,
+        _family: _Family | None = None,
+    ) -> None:
+        self.device_type = device_type
+        self.ranks = np.array(getattr(mesh, "_data", mesh), np.int32)
+        self.mesh_dim_names: Names = None if mesh_dim_names is None else tuple(mesh_dim_names)
+        if self.mesh_dim_names is not None and len(self.mesh_dim_names) != self.ranks.ndim:
+            raise ValueError(
+                f"mesh_dim_names {self.mesh_dim_names} do not name the {self.ranks.ndim} dimensions"
+                " of the mesh"
+            )
+        self._check_ranks()
+        self._rank = get_rank()
+        self._family = _family or _Family(self, dict(backend_override or {}))
+        unknown = set(self._family.backends) - set(self._family.root.mesh_dim_names or ())
+        if unknown:
+            raise ValueError(f"backend_override names unknown dimensions: {sorted(unknown)}")
+
+    def _check_ranks(self) -> None:
+        world = resolve(None).size()
+        if self.ranks.size > world:
+            raise RuntimeError(
+                f"Mesh should not be bigger than default world size {world}, but found "
+                f"{self.ranks.size} ranks!"
+            )
+        flat = self.ranks.reshape(-1)
+        if len(set(flat.tolist())) != flat.size or not ((flat >= 0) & (flat < world)).all():
+            raise ValueError(
+                f"expected distinct ranks of range({world}), got {self.ranks.tolist()}"
+            )
+
+    # ---- where is who
+
+    @property
+    def mesh(self) -> Any:
+        """The ranks as an int32 tensor."""
+        return make(self.ranks.copy())
+
+    @property
+    def ndim(self) -> int:
+        """How many axes there are."""
+        return self.ranks.ndim
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """How many ranks each axis has."""
+        return self.ranks.shape
+
+    def size(self, mesh_dim: int | str | None = None) -> int:
+        """How many ranks there are, along one axis if given."""
+        return self.ranks.size if mesh_dim is None else self.shape[self._axis(mesh_dim)]
+
+    def get_rank(self) -> int:
+        """The caller's global rank."""
+        return self._rank
+
+    def get_coordinate(self) -> list[int] | None:
+        """Where the caller is in the mesh, one number for each axis; None when it is not in it."""
+        found = np.argwhere(self.ranks == self._rank)
+        return [int(i) for i in found[0]] if len(found) else None
+
+    def get_local_rank(self, mesh_dim: int | str | None = None) -> int:
+        """The caller's place along an axis; the axis may be left out when there is only one."""
+        return self._own_place()[self._one_axis(mesh_dim)]
+
+    def _own_place(self) -> list[int]:
+        place = self.get_coordinate()
+        if place is None:
+            raise RuntimeError(f"rank {self._rank} is not in {self!r}")
+        return place
+
+    def _axis(self, mesh_dim: int | str) -> int:
+        if isinstance(mesh_dim, int):
+            return range(self.ndim)[mesh_dim]
+        if mesh_dim not in (self.mesh_dim_names or ()):
+            raise KeyError(
+                f"Invalid mesh_dim_name {mesh_dim!r} specified. Valid mesh_dim_names are "
+                f"{self.mesh_dim_names}."
+            )
+        assert self.mesh_dim_names is not None
+        return self.mesh_dim_names.index(mesh_dim)
+
+    def _one_axis(self, mesh_dim: int | str | None) -> int:
+        if mesh_dim is not None:
+            return self._axis(mesh_dim)
+        if self.ndim > 1:
+            raise RuntimeError(
+                f"Found the DeviceMesh have {self.ndim} dimensions. Optional kwarg `mesh_dim` "
+                "needs to be specified when device_mesh.ndim > 1."
+            )
+        return 0
+
+    # ---- groups
+
+    def get_group(self, mesh_dim: int | str | None = None) -> ProcessGroup:
+        """The group of the ranks that differ from the caller along one axis alone.
+
+        Made at the first call, which blocks until its other members have called it too. The axis
+        may be left out when there is only one. RuntimeError when the caller is not in the mesh.
+        """
+        axis, place = self._one_axis(mesh_dim), list(self._own_place())
+        line: list[Any] = list(place)
+        line[axis] = slice(None)
+        members = tuple(int(rank) for rank in self.ranks[tuple(line)])
+        groups = self._family.groups
+        if members not in groups:
+            groups[members] = self._make_group(members, axis)
+        return groups[members]
+
+    def _make_group(self, members: tuple[int, ...], axis: int) -> ProcessGroup:
+        name = self.mesh_dim_names[axis] if self.mesh_dim_names else f"dim_{axis}"
+        backend = self._family.backends.get(name)
+        default = resolve(None)
+        if members == default.ranks and backend is None:
+            return default
+        group: ProcessGroup = new_group(
+            members, backend=backend, group_desc=f"mesh_{name}", sort_ranks=False
+        )
+        return group
+
+    def get_all_groups(self) -> list[ProcessGroup]:
+        """The caller's group along every axis, in the order of the axes."""
+        return [self.get_group(axis) for axis in range(self.ndim)]
+
+    def abort(self) -> None:
+        """Make the groups that have been made fail, on all their ranks."""
+        for group in self._family.groups.values():
+            group.abort("the device mesh was aborted")
+
+    # ---- other meshes of the same ranks
+
+    def __getitem__(self, mesh_dim_names: str | tuple[str, ...]) -> DeviceMesh:
+        """The slice along the named axes that the caller is in (the first one if it is in none).
+
+        KeyError for unknown names and for names that are not in the order of the axes.
+        """
+        names = (mesh_dim_names,) if isinstance(mesh_dim_names, str) else tuple(mesh_dim_names)
+        if self.mesh_dim_names is None:
+            raise RuntimeError("Cannot slice a DeviceMesh without mesh_dim_names!")
+        if len(names) == 1 and names[0] in self._family.flattened:
+            whole = self._family.root[self._family.flattened[names[0]]]
+            return whole._derived(whole.ranks.reshape(-1), names)
+        axes = [self._axis(name) for name in names]
+        if axes != sorted(set(axes)):
+            raise KeyError(
+                f"Invalid mesh_dim_names {names} specified. Found mesh dim indices to slice: "
+                f"{axes}. Mesh dim indices should be in ascending order."
+            )
+        place = self.get_coordinate() or [0] * self.ndim
+        index = tuple(slice(None) if a in axes else place[a] for a in range(self.ndim))
+        return self if len(axes) == self.ndim else self._derived(self.ranks[index], names)
+
+    def _derived(self, ranks: np.ndarray, names: Sequence[str] | None) -> DeviceMesh:
+        return DeviceMesh(self.device_type, ranks, mesh_dim_names=names, _family=self._family)
+
+    def _flatten(self, mesh_dim_name: str | None = None) -> DeviceMesh:
+        """The same ranks along one axis, named as told or "dp_cp" after axes "dp" and "cp".
+
+        The mesh this one was cut from gives it by that name from then on.
+        """
+        if self.mesh_dim_names is None:
+            raise RuntimeError("Cannot flatten a DeviceMesh without mesh_dim_names!")
+        name, family = mesh_dim_name or "_".join(self.mesh_dim_names), self._family
+        if name in (family.root.mesh_dim_names or ()) and self.ndim > 1:
+            raise ValueError(f"{name} already exists for submesh of the {family.root!r}")
+        if self.ndim == 1:
+            return self._derived(self.ranks, [name])
+        if family.flattened.setdefault(name, self.mesh_dim_names) != self.mesh_dim_names:
+            raise ValueError(f"{name} already names {family.flattened[name]} of {family.root!r}")
+        return self._derived(self.ranks.reshape(-1), [name])
+
+    def _unflatten(
+        self, dim: int | str, mesh_sizes: Sequence[int], mesh_dim_names: Sequence[str]
+    ) -> DeviceMesh:
+        """A mesh with axis `dim` replaced by several of the given sizes and names."""
+        axis, sizes = self._axis(dim), tuple(mesh_sizes)
+        if math.prod(sizes) != self.shape[axis] or len(sizes) != len(mesh_dim_names):
+            raise ValueError(
+                f"sizes {sizes} with names {tuple(mesh_dim_names)} do not make the "
+                f"{self.shape[axis]} ranks of dimension {dim!r}"
+            )
+        names = list(self.mesh_dim_names or [f"dim_{i}" for i in range(self.ndim)])
+        names[axis : axis + 1] = mesh_dim_names
+        shape = (*self.shape[:axis], *sizes, *self.shape[axis + 1 :])
+        return DeviceMesh(self.device_type, self.ranks.reshape(shape), mesh_dim_names=names)
+
+    @staticmethod
+    def from_group(
+        group: ProcessGroup | Sequence[ProcessGroup],
+        device_type: str,
+        mesh: Any = None,
+        *,
+        mesh_dim_names: Sequence[str] | None = None,
+    ) -> DeviceMesh:
+        """The mesh of a group's ranks; or the grid `mesh` with a list of groups, one for each axis.
+
+        These are the groups that the mesh then uses. ValueError where a group is not the caller's
+        line along its axis.
+        """
+        groups = [group] if isinstance(group, ProcessGroup) else list(group)
+        if mesh is None:
+            if len(groups) != 1:
+                raise ValueError("Must pass mesh if passing multiple ProcessGroups")
+            mesh = groups[0].ranks
+        made = DeviceMesh(device_type, mesh, mesh_dim_names=mesh_dim_names)
+        if made.ndim != len(groups):
+            raise ValueError(
+                f"Expects mesh with ndim equal to number of ProcessGroups but got {made.ndim} and "
+                f"{len(groups)}"
+            )
+        place = made._own_place()
+        for axis, given in enumerate(groups):
+            line = tuple(int(r) for r in np.moveaxis(made.ranks, axis, -1)[_without(place, axis)])
+            if line != given.ranks:
+                raise ValueError(
+                    f"the group of dimension {axis} has ranks {list(given.ranks)}, the mesh "
+                    f"{list(line)}"
+                )
+            made._family.groups[line] = given
+        return made
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, DeviceMesh):
+            return NotImplemented
+        return self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def _key(self) -> tuple[Any, ...]:
+        return (self.device_type, self.mesh_dim_names, self.shape, self.ranks.tobytes())
+
+    def __repr__(self) -> str:
+        names = self.mesh_dim_names
+        shape = self.shape if names is None else ", ".join(map("{}={}".format, names, self.shape))
+        return f"DeviceMesh({shape if names is None else f'({shape})'}, '{self.device_type}')"
+
+
+def _without(place: list[int], axis: int) -> tuple[int, ...]:
+    return (*place[:axis], *place[axis + 1 :])
+
+
+def init_device_mesh(
+    device_type: str,
+    mesh_shape: Sequence[int],
+    *,
+    mesh_dim_names: Sequence[str] | None = None,
+    backend_override: dict[str, str] | None = None,
+) -> DeviceMesh:
+    """A mesh of this shape of the first ranks, the last axis running fastest.
+
+    Joins the default process group from the environment if that has not been done.
+    """
+    shape = tuple(mesh_shape)
+    if mesh_dim_names is not None:
+        if len(set(mesh_dim_names)) != len(mesh_dim_names):
+            raise RuntimeError(
+                "Each mesh_dim_name must be unique. Found repeated mesh_dim_name in "
+                f"mesh_dim_names {tuple(mesh_dim_names)}"
+            )
+        if len(shape) != len(mesh_dim_names):
+            raise RuntimeError(
+                "mesh_shape and mesh_dim_names should have same length! Found "
+                f"len(mesh_dim_names): {len(mesh_dim_names)} and len(mesh_shape):{len(shape)}."
+            )
+    if not is_initialized():
+        init_process_group()
+    ranks = np.arange(math.prod(shape)).reshape(shape)
+    return DeviceMesh(
+        device_type, ranks, mesh_dim_names=mesh_dim_names, backend_override=backend_override
+    )
