@@ -1,9 +1,9 @@
 """Scaled dot-product attention as one op.
 
 Rules: scores are computed for one batch element and one strip of queries at a time, so that they
-stay in cache; with a causal mask a strip meets only the keys it may see. What is kept for backward
-are the unnormalised weights exp(score - max) and their row sums.
-Source: Vaswani et al., "Attention Is All You Need", 2017.
+stay in cache; with a causal mask a strip meets only the keys it may see. Nothing of size queries x
+keys is kept: backward computes the scores again, from a number kept for each query.
+Sources: Vaswani et al., "Attention Is All You Need", 2017; Dao et al., "FlashAttention", 2022.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -41,39 +42,40 @@ def _strips(queries: int, keys: int, causal: bool) -> Iterator[tuple[slice, int]
         yield slice(start, stop), min(stop, keys) if causal else keys
 
 
-def _hide_future(scores: np.ndarray, start: int) -> None:
-    """Mask, in a strip (H, rows, keys) that begins at query `start`, what comes later."""
-    diagonal = scores[..., start:]
-    diagonal += _future(scores.shape[-2], scores.dtype)[:, : diagonal.shape[-1]]
+def _scores(n: Any, b: int, rows: slice, seen: int) -> np.ndarray:
+    """The masked scores (H, rows, seen) of one strip; `n` has the op's inputs and attributes."""
+    scores = np.matmul(n.q[b, :, rows] * n.scale, n.k[b, :, :seen].transpose(0, 2, 1))
+    if n.mask is not None:
+        scores += n.mask[b, :, rows, :seen]
+    if n.causal:
+        diagonal = scores[..., rows.start :]
+        diagonal += _future(scores.shape[1], scores.dtype)[:, : diagonal.shape[-1]]
+    return scores
 
 
 def _forward(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray | None, *,
     causal: bool, scale: float, noise: np.ndarray | None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
-    batch, heads, queries, _ = q.shape
-    keys = k.shape[2]
-    out = np.empty_like(q, shape=(batch, heads, queries, v.shape[3]))
-    weights = np.empty((batch, heads, queries, keys), q.dtype)
-    inverse = np.empty((batch, heads, queries, 1), q.dtype)
-    for b in range(batch):
-        keys_t = k[b].transpose(0, 2, 1)
-        for rows, seen in _strips(queries, keys, causal):
-            w = weights[b, :, rows, :seen]
-            np.matmul(q[b, :, rows] * scale, keys_t[:, :, :seen], out=w)
-            if mask is not None:
-                w += mask[b, :, rows, :seen]
-            if causal:
-                _hide_future(w, rows.start)
-            inverse[b, :, rows] = _exponentials(w, guarded=mask is not None)
-            kept = w if noise is None else w * noise[b, :, rows, :seen]
-            np.matmul(kept, v[b, :, :seen], out=out[b, :, rows])
-            out[b, :, rows] *= inverse[b, :, rows]
-    return out, weights, inverse
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    n = SimpleNamespace(q=q, k=k, mask=mask, causal=causal, scale=scale)
+    out = np.empty_like(q, shape=(*q.shape[:3], v.shape[3]))
+    normaliser = np.empty((*q.shape[:3], 1), q.dtype)
+    for b in range(len(q)):
+        for rows, seen in _strips(q.shape[2], k.shape[2], causal):
+            w = _scores(n, b, rows, seen)
+            total, normaliser[b, :, rows] = _exponentials(w, guarded=mask is not None)
+            if noise is not None:
+                w *= noise[b, :, rows, :seen]
+            np.matmul(w, v[b, :, :seen], out=out[b, :, rows])
+            out[b, :, rows] /= total
+    return out, normaliser
 
 
-def _exponentials(w: np.ndarray, guarded: bool) -> np.ndarray:
-    """exp(w - max) in place; returns 1 / its row sums, and 0 for rows where all is masked."""
+def _exponentials(w: np.ndarray, guarded: bool) -> tuple[np.ndarray, np.ndarray]:
+    """exp(w - max) in place; returns its row sums, and the logarithms of the sums of exp(w).
+
+    Both are infinite for rows where all is masked, so that whatever is divided by them is 0.
+    """
     top = np.maximum.reduce(w, axis=-1, keepdims=True)
     if guarded:
         top[top == -np.inf] = 0
@@ -82,25 +84,29 @@ def _exponentials(w: np.ndarray, guarded: bool) -> np.ndarray:
     total = np.add.reduce(w, axis=-1, keepdims=True)
     if guarded:
         total[total == 0] = np.inf
-    return np.reciprocal(total, out=total)
+    top += np.log(total)
+    return total, top
 
 
 def _vjp(n: Any, g: np.ndarray) -> Any:
-    # with P the normalised weights: dV = P^T g, dS = P (g V^T - rowsum(g out)), dQ = dS K, ...
+    # with P the weights: dV = P^T g, dS = P (g V^T - rowsum(g out)), dQ = dS K, dK = dS^T Q
     q, k, v = n.q, n.k, n.v
     dq, dk, dv = (np.empty_like(a) for a in (q, k, v))
-    dmask = np.zeros(n.weights.shape, g.dtype) if n.needs[3] else None
+    dmask = np.zeros(n.shapes[3], g.dtype) if n.needs[3] else None
     for b in range(len(q)):
         dk[b], dv[b] = 0, 0
-        values_t = v[b].transpose(0, 2, 1)
         for rows, seen in _strips(q.shape[2], k.shape[2], n.causal):
-            w = n.weights[b, :, rows, :seen]
-            gs = g[b, :, rows] * n.inverse[b, :, rows]
-            kept = w if n.noise is None else w * n.noise[b, :, rows, :seen]
-            dv[b, :, :seen] += np.matmul(kept.transpose(0, 2, 1), gs)
-            ds = np.matmul(gs, values_t[:, :, :seen])
-            if n.noise is not None:
+            w = _scores(n, b, rows, seen)
+            w -= n.normaliser[b, :, rows]
+            np.exp(w, out=w)
+            gs = g[b, :, rows]
+            ds = np.matmul(gs, v[b, :, :seen].transpose(0, 2, 1))
+            if n.noise is None:
+                kept = w
+            else:
+                kept = w * n.noise[b, :, rows, :seen]
                 ds *= n.noise[b, :, rows, :seen]
+            dv[b, :, :seen] += np.matmul(kept.transpose(0, 2, 1), gs)
             ds -= np.vecdot(gs, n.y[b, :, rows])[..., None]
             ds *= w
             if dmask is not None:
@@ -146,7 +152,7 @@ def _sample() -> list[Any]:
 
 
 _attention = define(
-    "scaled_dot_product_attention", _forward, vjp=_vjp, saves="y", aux="weights inverse",
+    "scaled_dot_product_attention", _forward, vjp=_vjp, saves="y", aux="normaliser",
     composite=_composite, sample=_sample,
 )  # fmt: skip
 

@@ -93,3 +93,12 @@ def test_refusals(tensors, options, sentence):
     with pytest.raises(RuntimeError) as refusal:
         F.scaled_dot_product_attention(*tensors, **options)
     assert sentence in str(refusal.value)
+
+
+def test_nothing_as_large_as_the_scores_is_kept():
+    length = 4 * STRIP
+    x = dtrain.randn(1, 2, length, 4, requires_grad=True)
+    node = F.scaled_dot_product_attention(x, x, x, is_causal=True).grad_fn
+    kept = [a for a in (*node.aux, *node.__dict__.values()) if isinstance(a, np.ndarray)]
+    assert kept
+    assert max(a.size for a in kept) < length * length
