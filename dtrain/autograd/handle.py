@@ -1,4 +1,7 @@
-"""What registering a hook returns: a handle that can take it off again."""
+"""Tables of hooks, and what registering one returns: a handle that can take it off again.
+
+A hook may remove itself, or another, while the hooks of its table run: callers walk a copy.
+"""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ its own on every rank, so that `fn` is written like a training script.
 
 from __future__ import annotations
 
-import sys
+import pkgutil
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -43,8 +43,7 @@ def run_distributed(
 
 def run_by_name(group: ArrayGroup, module: str, function: str, *args: Any) -> Any:
     """What a process rank runs: the function found by its name, joined."""
-    __import__(module)
-    return _joined(getattr(sys.modules[module], function), args, group)
+    return _joined(pkgutil.resolve_name(f"{module}:{function}"), args, group)
 
 
 def _joined(fn: Callable[..., Any], args: tuple[Any, ...], group: ArrayGroup) -> Any:
