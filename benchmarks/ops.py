@@ -103,10 +103,10 @@ def array_costs(torch):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--torch-python", default=sys.executable, help="an interpreter with torch")
-    parser.add_argument("--run", choices=["dtrain", "torch"], help=argparse.SUPPRESS)
+    parser.add_argument("--library", choices=["dtrain", "torch"], help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.run:
-        torch = importlib.import_module(args.run)
+    if args.library:
+        torch = importlib.import_module(args.library)
         torch.set_num_threads(1)
         print(json.dumps({**recording_costs(torch), **array_costs(torch)}))
         return
@@ -114,7 +114,7 @@ def main():
     python = with_torch(args.torch_python)
     ours, theirs = (
         interpreter
-        and measured(command(library, interpreter, 1), __file__, ["--run", library], env)
+        and measured(command(library, interpreter, 1), __file__, ["--library", library], env)
         for library, interpreter in (("dtrain", sys.executable), ("torch", python))
     )
     sizes = ", ".join(f"{name} {rows}x{columns}" for name, (rows, columns) in SIZES.items())

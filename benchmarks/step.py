@@ -74,7 +74,7 @@ def best_rounds(model, args, python):
     for _ in range(args.rounds):
         for library in ("dtrain", "torch") if python else ("dtrain",):
             start = command(library, python if library == "torch" else sys.executable, nproc)
-            flags = ["--run", library, "--models", model, "--mode", args.mode]
+            flags = ["--library", library, "--models", model, "--mode", args.mode]
             flags += ["--steps", str(args.steps), "--transport", args.transport]
             result = measured(start, __file__, flags + ["--fused"] * args.fused, env)
             if library not in found or result["step"] < found[library]["step"]:
@@ -98,14 +98,14 @@ def arguments():
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--fused", action="store_true", help="PyTorch's fused AdamW")
     parser.add_argument("--torch-python", default=sys.executable, help="an interpreter with torch")
-    parser.add_argument("--run", choices=["dtrain", "torch"], help=argparse.SUPPRESS)
+    parser.add_argument("--library", choices=["dtrain", "torch"], help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main():
     args = arguments()
-    if args.run:
-        return rank_main(args.run, args)
+    if args.library:
+        return rank_main(args.library, args)
     python = with_torch(args.torch_python)
     ranks = f"{args.nproc} ranks" if args.mode == "ddp" else "1 process"
     blas = os.environ.get("OPENBLAS_CORETYPE", "unset")
