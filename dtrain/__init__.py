@@ -74,6 +74,7 @@ from dtrain.legacy import (
     LongTensor as LongTensor,
     ShortTensor as ShortTensor,
 )
+from dtrain.missing import missing_name
 from dtrain.ops.activation import (
     log_softmax as log_softmax,
     relu as relu,
@@ -397,9 +398,7 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"dtrain.{name}")
     if name in _LAZY_NAMES:
         return getattr(importlib.import_module(f"dtrain.{_LAZY_NAMES[name]}"), name)
-    raise AttributeError(
-        f"module 'dtrain' has no attribute {name!r}: dtrain does not have it (yet)"
-    )
+    raise missing_name("dtrain", name, __dir__)
 
 
 def __dir__() -> list[str]:

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 # an error: give it one.
 BASE = (
     *("errors", "env", "logs", "wire", "version"),
-    *("cuda", "device", "draws", "dtypes", "generator", "heap", "random", "ranks", "threads"),
+    *("cuda", "device", "draws", "dtypes", "generator", "heap", "missing", "random", "ranks"),
+    "threads",
 )
 COMPUTE = (
     ("flat",),
@@ -33,7 +34,9 @@ COMPUTE = (
 )
 COMM = (
     ("comm.store", "comm.transports", "comm.security", "comm.topology", "comm.work", "comm.record"),
-    ("comm.channel", "comm.arrays", "comm.collectives", "comm.algorithms", "comm.reduce"),
+    ("comm.channel", "comm.arrays", "comm.parts", "comm.reduce"),
+    ("comm.window_algorithms",),
+    ("comm.collectives", "comm.algorithms"),
     ("comm.agreement", "comm.monitored", "comm.point_to_point"),
     ("comm.group",),
     ("comm",),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from dtrain.missing import missing_name
 from dtrain.nn import functional as functional, init as init, modules as modules, utils as utils
 from dtrain.nn.modules import *  # noqa: F403  (the list of names is modules.__all__)
 from dtrain.nn.parameter import Buffer as Buffer, Parameter as Parameter
@@ -19,9 +20,7 @@ _LAZY = ("parallel",)
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return importlib.import_module(f"dtrain.nn.{name}")
-    raise AttributeError(
-        f"module 'dtrain.nn' has no attribute {name!r}: dtrain does not have it (yet)"
-    )
+    raise missing_name("dtrain.nn", name, __dir__)
 
 
 def __dir__() -> list[str]:

@@ -7,10 +7,10 @@ the order of registration, depth first. Source: torch.nn.Module.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from dtrain.missing import missing_attribute
 from dtrain.nn.parameter import Buffer, Parameter
 from dtrain.tensor import Tensor
 
@@ -18,31 +18,6 @@ if TYPE_CHECKING:
     from dtrain.nn.modules.module import Module
 
 TABLES = ("_parameters", "_buffers", "_modules")
-
-
-class _Sentence:
-    """What an AttributeError says: torch's sentence, and the nearest of the names there are.
-
-    It is put together when it is read: `hasattr` must stay cheap.
-    """
-
-    def __init__(self, text: str, name: str, names: Callable[[], Iterable[str]]) -> None:
-        self.text, self.name, self.names = text, name, names
-
-    def __str__(self) -> str:
-        near = difflib.get_close_matches(self.name, list(self.names()), n=1)
-        return f"{self.text}. Did you mean: '{near[0]}'?" if near else self.text
-
-    __repr__ = __str__
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return str, (str(self),)
-
-
-def missing_attribute(text: str, name: str, names: Callable[[], Iterable[str]]) -> AttributeError:
-    """An AttributeError that names the nearest of `names()`."""
-    # With obj=None Python adds no suggestion of its own to the traceback.
-    return AttributeError(_Sentence(text, name, names), name=name, obj=None)
 
 
 def type_name(value: Any) -> str:
