@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from dtrain import dtypes
+from dtrain.autograd.grad_mode import grad_enabled
 from dtrain.autograd.node import make
 from dtrain.autograd.promotion import cast
 from dtrain.autograd.value import Value, array_of
@@ -31,8 +32,11 @@ class Interop(Value):
     # --- NumPy and Python ---
 
     def numpy(self, *, force: bool = False) -> np.ndarray:
-        """The array itself, sharing memory. RuntimeError when it requires grad, unless `force`."""
-        if self._requires_grad and not force:
+        """The array itself, sharing memory.
+
+        RuntimeError when it requires grad, unless `force` or nothing is being recorded.
+        """
+        if not force and self._wants_grad() and grad_enabled.get():
             raise RuntimeError(
                 "Can't call numpy() on Tensor that requires grad. Use tensor.detach().numpy() "
                 "instead."

@@ -99,7 +99,7 @@ def complex_format(values: np.ndarray) -> tuple[Format, int]:
         sign = "-" if math.copysign(1, value.imag) < 0 else "+"
         return f"{real(value.real)}{sign}{imag(abs(value.imag))}j"
 
-    return write, max(len(write(v)) for v in values.reshape(-1).tolist())
+    return write, max([len(write(v)) for v in values.reshape(-1).tolist()], default=1)
 
 
 def format_of(values: np.ndarray) -> Format:
@@ -110,7 +110,7 @@ def format_of(values: np.ndarray) -> Format:
     elif values.dtype.kind == "f":
         write, width = float_format(values.reshape(-1))
     else:
-        width = max(len(str(v)) for v in values.reshape(-1).tolist())
+        width = max([len(str(v)) for v in values.reshape(-1).tolist()], default=1)
     return lambda value: write(value).rjust(width)
 
 
@@ -128,18 +128,19 @@ def body(array: np.ndarray, indent: int, summarize: bool, write: Format) -> str:
     if array.ndim == 0:
         return write(array.item())
     cut = summarize and len(array) > 2 * options.edgeitems
-    shown = [*array[: options.edgeitems], *array[-options.edgeitems :]] if cut else list(array)
+    edge = options.edgeitems
+    shown = [*array[:edge], *array[len(array) - edge :]] if cut else list(array)
     if array.ndim == 1:
         parts = [write(v.item()) for v in shown]
         if cut:
-            parts.insert(options.edgeitems, " ...")
+            parts.insert(edge, " ..." if edge else "...")
         width = len(write(array[0].item())) + 2
         per_line = max(1, (options.linewidth - indent) // width)
         lines = [", ".join(parts[i : i + per_line]) for i in range(0, len(parts), per_line)]
         return "[" + (",\n" + " " * (indent + 1)).join(lines) + "]"
     parts = [body(part, indent + 1, summarize, write) for part in shown]
     if cut:
-        parts.insert(options.edgeitems, "...")
+        parts.insert(edge, "...")
     return "[" + ("," + "\n" * (array.ndim - 1) + " " * (indent + 1)).join(parts) + "]"
 
 
@@ -152,6 +153,8 @@ def suffixes(tensor: Any) -> list[str]:
         usual = (default,)
         if tensor.ndim != 1:
             found.append(f"size={tuple(tensor.shape)}")
+    elif tensor.numel() > options.threshold and not options.edgeitems:
+        found.append(f"size={tuple(tensor.shape)}")  # nothing else tells how much there is
     if tensor.dtype not in usual:
         found.append(f"dtype={tensor.dtype!r}")
     if tensor.grad_fn is not None:

@@ -17,13 +17,12 @@ from dtrain import dtypes
 from dtrain.autograd import engine
 from dtrain.autograd.handle import HookTable, RemovableHandle
 from dtrain.autograd.node import make, register_tensor_class
-from dtrain.autograd.promotion import cast
 from dtrain.autograd.value import Value, Version
 from dtrain.device import device
 from dtrain.interop import Interop, parse_to as parse_to, rebuild as rebuild
 from dtrain.ops import index as ix, shape as sh
-from dtrain.ops.create import legacy_array, number_for
-from dtrain.ops.inplace import bump, check_writable, move, put, refresh_view, update, write
+from dtrain.ops.create import legacy_array
+from dtrain.ops.inplace import bump, check_writable, move, put, refresh_view, write
 
 _CPU = device("cpu")
 
@@ -305,19 +304,13 @@ class Tensor(Interop):
 
     def copy_(self, src: Any, non_blocking: bool = False) -> Tensor:
         """Write `src` (broadcast, cast) into this tensor's memory."""
-        source = src if isinstance(src, Tensor) else make(np.asarray(src))
-
-        def replaced(_: Any, new: Any) -> Any:
-            return sh.expand(cast(new, dtype=self.dtype), self._data.shape)
-
-        return update(self, replaced, source)  # type: ignore[no-any-return]
+        put(self, ..., src, part=False)
+        return self
 
     def fill_(self, value: Any) -> Tensor:
         """Set every element to one number."""
-        if isinstance(value, Value):
-            return self.copy_(value)
-        number = number_for(value, self._data.dtype)
-        return update(self, lambda x: make(np.full(x._data.shape, number, x._data.dtype)))  # type: ignore[no-any-return]
+        put(self, ..., value, part=False)
+        return self
 
     def zero_(self) -> Tensor:
         return self.fill_(0)

@@ -216,6 +216,7 @@ def attach(
         else:
             tensor._node, tensor._requires_grad = maker, True
     keep_saved(node, ctx, results, [boxed[place] for place in places])
+    ctx._dirty = ctx._non_differentiable = ()  # a changed input now leads to the node: no cycle
     return boxed
 
 

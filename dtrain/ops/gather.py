@@ -157,7 +157,7 @@ def _scatter_vjp(n: Any, g: Any) -> Any:
     if n.needs[0]:
         keep = np.ones(n.shapes[0], bool)
         keep[_along(array_of(n.index), n.dim)] = False
-        kept = g * keep
+        kept = where(keep, g, 0.0)
     return kept, None, _gathered(n, g) if n.needs[2] else None
 
 

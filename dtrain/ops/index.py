@@ -18,6 +18,7 @@ import numpy as np
 from dtrain.autograd.grad_mode import grad_enabled
 from dtrain.autograd.op import define
 from dtrain.autograd.value import Value
+from dtrain.ops.compare import where
 
 Index = tuple[Any, ...]
 _ALL = slice(None)
@@ -246,7 +247,7 @@ def _put_vjp(n: Any, g: Any) -> Any:
     if n.needs[0]:
         keep = np.ones(n.shapes[0], bool)
         keep[n.index] = False
-        kept = g * keep
+        kept = where(keep, g, 0.0)
     return kept, from_value
 
 

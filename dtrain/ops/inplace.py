@@ -144,8 +144,8 @@ def update(tensor: Value, function: Callable[..., Any], *args: Any, **kwargs: An
     return tensor
 
 
-def put(tensor: Value, index: Any, value: Any) -> None:
-    """`tensor[index] = value`."""
+def put(tensor: Value, index: Any, value: Any, *, part: bool = True) -> None:
+    """`tensor[index] = value`; `part` is False when the index means all of it."""
     first, then = split_index(index)
     if first and then:  # the ints and slices choose a view, the index arrays write into it
         tensor, first = getitem(tensor, first), ()
@@ -154,7 +154,7 @@ def put(tensor: Value, index: Any, value: Any) -> None:
         value = number_for(value, tensor._data.dtype)
     recording = _recording(tensor, (value,))
     if recording:
-        check_writable(tensor, part=True)
+        check_writable(tensor, part)
     _assign(tensor._data, plain, value._data if isinstance(value, Value) else value)
     bump(tensor)
     if recording:
