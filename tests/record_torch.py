@@ -12,7 +12,7 @@ To add recordings, write a module tests/record_<topic>.py with one function per 
         return {"cross_entropy/mean": torch.nn.functional.cross_entropy(x, y), ...}
 
 It is found by its name; nothing else is touched. Describe the keys in tests/recorded/README.md and
-read them with `tests.recorded.load("losses")`. All recordings together stay below 2 MB.
+read them with `tests.recorded.load("losses")`. All recordings together stay below 3 MB.
 """
 
 from __future__ import annotations
