@@ -38,7 +38,7 @@ COMM = (
     ("comm.window_algorithms",),
     ("comm.collectives", "comm.algorithms"),
     ("comm.agreement", "comm.monitored", "comm.point_to_point"),
-    ("comm.group",),
+    ("comm.group", "comm.mpi", "comm.mpi_calls"),
     ("comm",),
 )
 ABOVE = (
@@ -51,7 +51,7 @@ ABOVE = (
 CORE = {"numpy", "zmq", "msgpack", "ml_dtypes"}
 # Heavy and seldom needed: imported inside the function that needs them (`dtrain.testing` is itself
 # loaded by tests only).
-LAZY = {"cloudpickle", "psutil", "safetensors", "threadpoolctl"}
+LAZY = {"cloudpickle", "mpi4py", "psutil", "safetensors", "threadpoolctl"}
 # A package's face may load sub-packages when they are first asked for, a registry what it lists.
 DYNAMIC = {"dtrain", "dtrain.autograd", "dtrain.nn", "dtrain.utils", "dtrain.distributed"}
 DYNAMIC |= {"dtrain.comm.transports.base", "dtrain.testing.rank"}

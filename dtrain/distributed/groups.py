@@ -15,12 +15,13 @@ from typing import Any
 
 from dtrain import env
 from dtrain.comm.group import DEFAULT_TIMEOUT, ProcessGroup as ArrayGroup
+from dtrain.comm.mpi import MpiGroup
 from dtrain.comm.store.base import Store
 from dtrain.comm.store.prefix import PrefixStore
-from dtrain.distributed.backend import BackendConfig, transport_for
+from dtrain.distributed.backend import Backend, BackendConfig, transport_for
 from dtrain.distributed.rendezvous import rendezvous
 from dtrain.distributed.work import seconds
-from dtrain.distributed.world import GroupMember, ProcessGroup, current_world, resolve
+from dtrain.distributed.world import GroupMember, ProcessGroup, World, current_world, resolve
 from dtrain.ranks import set_world
 
 
@@ -59,7 +60,8 @@ def init_process_group(
     ranks must call it; it blocks until they have, at most `timeout` (timedelta or seconds,
     default 30 minutes, which is also the default deadline of every collective).
     `backend`: None, "zmq", "local" or a registered one; "gloo" and "nccl" are taken as names for
-    ours, and of "cpu:gloo,cuda:nccl" the CPU's part counts.
+    ours, and of "cpu:gloo,cuda:nccl" the CPU's part counts. "mpi" takes rank and world size from
+    mpiexec and needs neither store nor URL.
     `group_name`, `pg_options` and `device_id` are accepted and change nothing.
 
     ValueError when called twice or when rank, world size or address are missing.
@@ -70,6 +72,26 @@ def init_process_group(
     if store is not None and init_method is not None:
         raise ValueError("Cannot specify both init_method and store.")
     patience = seconds(timeout) or DEFAULT_TIMEOUT
+    if backend is not None and BackendConfig(backend).for_cpu() == Backend.MPI:
+        arrays: Any = _join_mpi(rank, world_size, patience)
+        name = Backend.MPI
+    else:
+        arrays, name = _join_store(world, backend, init_method, store, rank, world_size, patience)
+    world.default = ProcessGroup(arrays, range(arrays.size), name, "default_pg")
+    world.made.append(world.default)
+    _close_at_exit()
+
+
+def _join_store(
+    world: World,
+    backend: str | None,
+    init_method: str | None,
+    store: Store | None,
+    rank: int,
+    world_size: int,
+    patience: float,
+) -> tuple[ArrayGroup, str]:
+    """Meet in a store; the group, and its backend's name."""
     owned = store is None
     if store is None:
         meeting = rendezvous(init_method or "env://", rank, world_size, timeout=patience)
@@ -89,10 +111,16 @@ def init_process_group(
             store.close()
         raise
     world.store, world.owns_store = store, owned
-    name = transport if backend is None else str(backend).lower()
-    world.default = ProcessGroup(arrays, range(world_size), name, "default_pg")
-    world.made.append(world.default)
-    _close_at_exit()
+    return arrays, transport if backend is None else str(BackendConfig(backend).for_cpu())
+
+
+def _join_mpi(rank: int, world_size: int, patience: float) -> MpiGroup:
+    """The ranks that mpiexec started; ValueError when others were asked for."""
+    arrays = MpiGroup(timeout=patience)
+    for what, asked, have in (("rank", rank, arrays.rank), ("world_size", world_size, arrays.size)):
+        if asked not in (-1, have):
+            raise ValueError(f"{what}={asked}, but mpiexec started this process with {have}")
+    return arrays
 
 
 @functools.cache
@@ -212,8 +240,11 @@ def new_group(
             )
     if default.rank() not in members:
         return GroupMember.NON_GROUP_MEMBER
-    assert world.store is not None
-    transport = None if backend is None else transport_for(backend, world.store)
+    transport = None
+    if backend is not None and backend != default.backend:
+        if world.store is None:
+            raise ValueError(f"a group of an MPI job is an MPI group, not {backend!r}")
+        transport = transport_for(backend, world.store)
     arrays = default.arrays.split(members, timeout=seconds(timeout), transport=transport)
     made = ProcessGroup(arrays, members, backend or default.backend, group_desc or "undefined")
     world.made.append(made)
