@@ -94,6 +94,10 @@ class Agreement:
                 self._reports[record.seq].setdefault(source, Report(signature, site))
             raise Disturbed(record.seq)
 
+    def disturb(self, record: CallRecord) -> None:
+        """Another rank has shown that it called something else, without saying what."""
+        raise Disturbed(record.seq)
+
     def announce(self, record: CallRecord) -> None:
         """Tell everybody, once, what this rank called under this number."""
         with self._lock:

@@ -1,9 +1,10 @@
 """How each collective moves its bytes: direct exchanges between the ranks of one group.
 
 Owns: who sends what to whom. Called by `collectives`, works on a `channel.Channel`, validates
-nothing. Rules: 1. receives are posted before anything is sent, so that data lands where it belongs.
-2. Every pair that talks checks the fingerprint on its first message (the channel does). A rank that
-would only send waits for an empty acknowledgement, so that it learns of a mismatch inside the call.
+nothing. Where the ranks share memory, `window_algorithms` takes over. Rules: 1. receives are posted
+before anything is sent, so that data lands where it belongs. 2. Every pair that talks checks the
+fingerprint on its first message (the channel does). A rank that would only send waits for an empty
+acknowledgement, so that it learns of a mismatch inside the call.
 3. Sums go through `reduce.combine`, in rank order. Message counts per rank, N ranks: all_reduce N-1
 below `SMALL`, else 2(N-1); reduce_scatter, all_gather, all_to_all N-1; broadcast, scatter N-1 at
 the root and 1 elsewhere; gather likewise; barrier ceil(log2 N).
@@ -11,12 +12,15 @@ the root and 1 elsewhere; gather likewise; barrier ceil(log2 N).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from functools import update_wrapper
+from typing import Concatenate, ParamSpec
 
 import numpy as np
 
+from dtrain.comm import window_algorithms
 from dtrain.comm.channel import Channel
+from dtrain.comm.parts import rows
 from dtrain.comm.reduce import ReduceOp, combine
 from dtrain.comm.transports.mailbox import Array
 
@@ -31,7 +35,6 @@ __all__ = [
     "reduce",
     "reduce_scatter",
     "scatter",
-    "slices",
 ]
 
 # Below this many bytes one exchange of everything beats two exchanges of slices.
@@ -40,11 +43,19 @@ SMALL = 16 * 1024
 _NOTHING = np.empty(0, np.uint8)
 
 
-def slices(count: int, size: int) -> list[slice]:
-    """`count` elements in `size` consecutive parts; the first `count % size` are one longer."""
-    part, rest = divmod(count, size)
-    bounds = [r * part + min(r, rest) for r in range(size + 1)]
-    return [slice(a, b) for a, b in pairwise(bounds)]
+P = ParamSpec("P")
+Algorithm = Callable[Concatenate[Channel, P], None]
+
+
+def _or_through_window(by_messages: Algorithm[P]) -> Algorithm[P]:
+    """The algorithm of the same name in `window_algorithms`, where the ranks have a window."""
+    through_window: Algorithm[P] = getattr(window_algorithms, by_messages.__name__)
+
+    def choose(channel: Channel, /, *args: P.args, **kwargs: P.kwargs) -> None:
+        way = by_messages if channel.window is None else through_window
+        way(channel, *args, **kwargs)
+
+    return update_wrapper(choose, by_messages)
 
 
 def _exchange(channel: Channel, outgoing: Sequence[Array], incoming: Sequence[Array]) -> None:
@@ -71,6 +82,7 @@ def _await_acknowledgements(channel: Channel) -> None:
         channel.wait(receive)
 
 
+@_or_through_window
 def all_reduce(channel: Channel, buf: Array, op: ReduceOp) -> None:
     """Small: everybody sends everything and adds for himself.
 
@@ -83,7 +95,7 @@ def all_reduce(channel: Channel, buf: Array, op: ReduceOp) -> None:
         channel.flush()  # the sum overwrites what is on its way out
         combine(op, contributions, flat)
         return
-    parts = _rows(channel, flat)
+    parts = rows(flat, channel.size)
     _reduce_parts(channel, parts, parts[channel.rank], op)
     # No flush: what rank r sends now proves that it has my part r, so its sum may land there.
     _exchange(channel, [parts[channel.rank]] * channel.size, parts)
@@ -96,10 +108,12 @@ def _reduce_parts(channel: Channel, parts: Sequence[Array], out: Array, op: Redu
     combine(op, contributions, out)
 
 
+@_or_through_window
 def reduce_scatter(channel: Channel, inp: Array, out: Array, op: ReduceOp) -> None:
-    _reduce_parts(channel, _rows(channel, inp), out.reshape(-1), op)
+    _reduce_parts(channel, rows(inp, channel.size), out.reshape(-1), op)
 
 
+@_or_through_window
 def reduce(channel: Channel, buf: Array, root: int, op: ReduceOp) -> None:
     """Small: everybody sends to the root.
 
@@ -112,7 +126,7 @@ def reduce(channel: Channel, buf: Array, root: int, op: ReduceOp) -> None:
         if channel.rank == root:
             combine(op, contributions, flat)
         return
-    parts = _rows(channel, flat)
+    parts = rows(flat, channel.size)
     own = parts[channel.rank]
     out = own if channel.rank == root else np.empty_like(own)
     _reduce_parts(channel, parts, out, op)
@@ -130,20 +144,16 @@ def _to_root(channel: Channel, own: Array, incoming: Sequence[Array], root: int)
         channel.wait(channel.post(root, _NOTHING))
 
 
+@_or_through_window
 def gather(channel: Channel, inp: Array, out: Array | None, root: int) -> None:
     incoming: Sequence[Array] = []
     if out is not None:
-        incoming = _rows(channel, out)
+        incoming = rows(out, channel.size)
         np.copyto(incoming[channel.rank], inp.reshape(-1))
     _to_root(channel, inp, incoming, root)
 
 
-def _rows(channel: Channel, array: Array) -> list[Array]:
-    """A flat view of each rank's part of `array`."""
-    flat = array.reshape(-1)
-    return [flat[s] for s in slices(flat.size, channel.size)]
-
-
+@_or_through_window
 def broadcast(channel: Channel, buf: Array, root: int) -> None:
     if channel.rank == root:
         for peer in channel.peers:
@@ -154,9 +164,10 @@ def broadcast(channel: Channel, buf: Array, root: int) -> None:
         _acknowledge(channel, root)
 
 
+@_or_through_window
 def scatter(channel: Channel, inp: Array | None, out: Array, root: int) -> None:
     if inp is not None:
-        outgoing = _rows(channel, inp)
+        outgoing = rows(inp, channel.size)
         for peer in channel.peers:
             channel.send(peer, outgoing[peer])
         np.copyto(out.reshape(-1), outgoing[root])
@@ -166,18 +177,21 @@ def scatter(channel: Channel, inp: Array | None, out: Array, root: int) -> None:
         _acknowledge(channel, root)
 
 
+@_or_through_window
 def all_gather(channel: Channel, inp: Array, out: Array) -> None:
-    incoming = _rows(channel, out)
+    incoming = rows(out, channel.size)
     flat = inp.reshape(-1)
     _exchange(channel, [flat] * channel.size, incoming)
     np.copyto(incoming[channel.rank], flat)
 
 
+@_or_through_window
 def all_to_all(channel: Channel, outgoing: Sequence[Array], incoming: Sequence[Array]) -> None:
     _exchange(channel, outgoing, incoming)
     np.copyto(incoming[channel.rank], outgoing[channel.rank])
 
 
+@_or_through_window
 def barrier(channel: Channel) -> None:
     """Dissemination (Hensgen, Finkel, Manber 1988): in round k hear from the rank 2^k before."""
     step = 1

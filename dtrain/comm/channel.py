@@ -2,18 +2,26 @@
 
 Owns: `Channel`. Made by the group for each collective; algorithms talk to it and never see a
 transport. Rules: the first message to each peer carries the fingerprint ("signature, call site");
-the first message from each peer is compared with it before one byte is written. A wait that takes
-long tells everybody what this rank is waiting in.
+the first message from each peer is compared with it before one byte is written. Through a window,
+the first phase does the same with a hash of the signature. A wait that takes long tells everybody
+what this rank is waiting in.
 """
 
 from __future__ import annotations
 
+import math
+import time
+from functools import lru_cache
+from hashlib import blake2b
 from typing import Protocol
+
+import numpy as np
 
 from dtrain.comm.record import CallRecord
 from dtrain.comm.transports.base import Transport
 from dtrain.comm.transports.mailbox import Array, Receive
-from dtrain.errors import TransportTimeout
+from dtrain.comm.transports.window import HALF, NOWHERE
+from dtrain.errors import DistError, TransportTimeout
 
 __all__ = ["Channel", "Watcher", "note_of", "read_note"]
 
@@ -29,6 +37,16 @@ def read_note(note: bytes) -> tuple[str, str]:
     return signature, site
 
 
+# How long a rank sleeps in the window before it looks for news, deaths and its deadline.
+_LOOK = 0.02
+
+
+@lru_cache(maxsize=4096)
+def fingerprint(signature: str) -> int:
+    """63 bits that differ when signatures do: what a window can hold of them."""
+    return int.from_bytes(blake2b(signature.encode(), digest_size=8).digest(), "little") >> 1
+
+
 class Watcher(Protocol):
     """Who judges fingerprints and tells others what this rank waits in (`agreement.Agreement`).
 
@@ -40,14 +58,34 @@ class Watcher(Protocol):
     def inspect(self, record: CallRecord, source: int, note: bytes, nbytes: int) -> None:
         """Raise when the fingerprint `note` of `source` is not that of `record`."""
 
+    def disturb(self, record: CallRecord) -> None:
+        """Raise: another rank has shown a different fingerprint than that of `record`."""
+
     def announce(self, record: CallRecord) -> None:
         """Tell all ranks that this one waits in `record`."""
 
 
 class Channel:
-    """What an algorithm may do: `post`, `send`, `wait`, `flush`, knowing `rank`, `size` and
-    `peers`.
+    """What an algorithm may do, knowing `rank`, `size` and `peers`: by messages `post`, `send`,
+    `wait`, `flush`; where there is a `window`, `meet`, `share` and `phase`.
     """
+
+    __slots__ = (
+        "_deadline",
+        "_expected",
+        "_greeted",
+        "_met",
+        "_note",
+        "_record",
+        "_stall_at",
+        "_tag",
+        "_transport",
+        "_watcher",
+        "peers",
+        "rank",
+        "size",
+        "window",
+    )
 
     def __init__(
         self,
@@ -59,13 +97,21 @@ class Channel:
         deadline: float,
     ) -> None:
         self.rank, self.size = transport.rank, transport.size
-        self.peers = [r for r in range(self.size) if r != self.rank]
+        self.peers = transport.peers
+        self.window = transport.window
         self._transport, self._watcher = transport, watcher
         self._record, self._tag = record, record.seq
-        self._note = note_of(record.signature, record.site)
+        self._note = b""  # made for the first message
         self._stall_at, self._deadline = stall_at, deadline
         self._greeted: set[int] = set()  # peers that have been sent the fingerprint
         self._expected: set[int] = set()  # peers whose fingerprint a posted receive checks
+        self._met = False  # whether the fingerprint has gone through the window
+
+    # ---- messages
+
+    def _fingerprint(self) -> bytes:
+        self._note = self._note or note_of(self._record.signature, self._record.site)
+        return self._note
 
     def post(self, src: int, out: Array) -> Receive:
         """Start to receive `out` from `src`."""
@@ -76,12 +122,12 @@ class Channel:
 
     def _inspect(self, source: int, note: bytes, nbytes: int) -> None:
         self._watcher.heard[source] = self._tag
-        if note != self._note:  # equal when the calls were made at the same line, too
+        if note != self._fingerprint():  # equal when the calls were made at the same line, too
             self._watcher.inspect(self._record, source, note, nbytes)
 
     def send(self, dst: int, buf: Array) -> None:
         """Send `buf` to `dst`; it must not change before `flush`, or before `dst` answers."""
-        note = b"" if dst in self._greeted else self._note
+        note = b"" if dst in self._greeted else self._fingerprint()
         self._greeted.add(dst)
         self._transport.send(dst, self._tag, buf, note)
 
@@ -99,3 +145,88 @@ class Channel:
     def flush(self) -> None:
         """Wait until everything sent may be changed."""
         self._transport.flush(self._deadline)
+
+    # ---- the window
+
+    def meet(self, place: int = NOWHERE) -> None:
+        """Come together in the window, for the first time in this call: all have called the same.
+
+        `place` tells the others where this rank's array lives; `window.places` then knows all.
+        """
+        window = self.window
+        assert window is not None
+        code = fingerprint(self._record.signature)
+        window.write_header(code, self._tag, place)
+        self._met = True
+        self.phase()
+        if not window.agrees(code):
+            self._watcher.disturb(self._record)
+
+    def phase(self) -> None:
+        """Announce that everything written so far may be read; return when all ranks have."""
+        assert self.window is not None
+        if not self.window.arrive():
+            self._linger()
+
+    def _linger(self) -> None:
+        """Sleep until all have announced the phase, with a look at everything else every `_LOOK`
+        seconds.
+        """
+        window, transport = self.window, self._transport
+        assert window is not None
+        while (rank := window.lagging()) is not None:
+            window.sleep(rank, _LOOK)
+            if window.lagging() is None:
+                return
+            transport.look()
+            lost = dict(transport.mailbox.lost)
+            rank = window.lagging()  # after the look: who leaves has announced before
+            if rank is None:
+                return
+            failure = transport.mailbox.failure or lost.get(rank)
+            if failure is not None:
+                raise failure.copy() if isinstance(failure, DistError) else failure
+            self._tell_stall(rank)
+
+    def _tell_stall(self, rank: int) -> None:
+        """Say so when this takes long; raise when it takes too long."""
+        assert self.window is not None
+        now = time.monotonic()
+        if now >= self._stall_at:
+            self._watcher.announce(self._record)
+        if now >= self._deadline:
+            seen = self.window.seen(rank)
+            if seen is not None:
+                self._watcher.heard[rank] = max(seen, self._watcher.heard.get(rank, -1))
+            raise TransportTimeout(rank)
+
+    def share(self, own: Array | None, shape: tuple[int, ...], like: Array) -> list[Array]:
+        """Show `own` (at most `HALF` bytes, of that shape; None: nothing) to all ranks.
+
+        Returns what each rank shows, as arrays of `shape` and the dtype of `like`, to be read
+        before the next call and never written, except by who has it to himself; that of a rank
+        that shows nothing is garbage, this rank's is `own` itself. All ranks call it alike.
+        """
+        window = self.window
+        assert window is not None
+        halves = window.next_half()
+        nbytes = math.prod(shape) * like.itemsize
+        assert nbytes <= HALF
+        if own is not None:
+            np.copyto(halves[self.rank][:nbytes].view(like.dtype).reshape(shape), own)
+        if self._met:
+            self.phase()
+        else:
+            self.meet()
+        shown = [half[:nbytes].view(like.dtype).reshape(shape) for half in halves]
+        if own is not None:
+            shown[self.rank] = own
+        return shown
+
+    def show_again(self, own: Array, changed: slice) -> None:
+        """After `share(own, ...)`: show what stands in the `changed` elements of it now."""
+        window = self.window
+        assert window is not None
+        half = window.this_half()[self.rank]
+        half[: own.nbytes].view(own.dtype)[changed] = own[changed]
+        self.phase()

@@ -278,8 +278,15 @@ class ProcessGroup:
     # ---- the rest
 
     def empty(self, shape: int | Sequence[int], dtype: npt.DTypeLike) -> Array:
-        """An uninitialised array that is cheap to use in this group's collectives."""
-        return np.empty(shape, dtype)
+        """An uninitialised array that is cheap to use in this group's collectives.
+
+        Where the ranks share memory it lives there, and collectives on it copy nothing when all
+        ranks use such arrays; its memory is used again when it and its views are gone. With a
+        RuntimeWarning it is an ordinary array when that memory is used up.
+        """
+        window = self.transport.window
+        wanted = (shape,) if isinstance(shape, int) else tuple(shape)
+        return np.empty(wanted, dtype) if window is None else window.empty(wanted, dtype)
 
     def split(
         self,

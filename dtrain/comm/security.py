@@ -2,9 +2,11 @@
 
 Owns: every socket option of the project, the addresses that may be bound, the directories of unix
 sockets. Rules: 1. a socket listens on loopback, or on a unix path inside a directory of mode 0700;
-on nothing else. 2. A frame has a maximum size that is checked before it is allocated. 3. Nothing is
-dropped silently and nothing lingers: LINGER is 0 unless a close asks for time to deliver. 4. A
-broken connection stays broken; a peer that comes back is a new peer.
+on nothing else. (The abstract unix socket over which ranks of one host give each other memory has
+no path; who accepts there refuses other users.) 2. A frame has a maximum size that is checked
+before it is allocated. 3. Nothing is dropped silently and nothing lingers: LINGER is 0 unless a
+close asks for time to deliver. 4. A broken connection stays broken; a peer that comes back is a new
+peer.
 """
 
 from __future__ import annotations
@@ -13,8 +15,10 @@ import contextlib
 import functools
 import ipaddress
 import os
+import secrets
 import shutil
 import socket as socket_module
+import struct
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +28,16 @@ import zmq
 from dtrain.errors import DistNetworkError
 from dtrain.wire import CHUNK
 
-__all__ = ["Listener", "context", "listen", "open_socket", "remove_leftover"]
+__all__ = [
+    "Listener",
+    "context",
+    "listen",
+    "listen_nameless",
+    "open_socket",
+    "process_of",
+    "remove_leftover",
+    "same_user",
+]
 
 # sun_path holds 108 bytes with the closing zero.
 MAX_UNIX_PATH = 107
@@ -102,7 +115,7 @@ class Listener:
 
 
 def listen(socket: zmq.Socket[bytes], where: str = "ipc") -> Listener:
-    """Bind `socket`; the one call of `bind` in the project.
+    """Bind `socket`; with `listen_nameless` the only call of `bind` in the project.
 
     `where`: "ipc" for a unix socket in a fresh directory of mode 0700, or "tcp://HOST[:PORT]" with
     a loopback host; port 0 (the default) takes a free one. Raises `DistNetworkError` for an address
@@ -122,6 +135,40 @@ def listen(socket: zmq.Socket[bytes], where: str = "ipc") -> Listener:
             f"cannot listen on {where}: {error.strerror}", address=where
         ) from error
     return Listener(socket.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode(), directory)  # type: ignore[union-attr]
+
+
+def listen_nameless() -> socket_module.socket:
+    """A unix socket in the abstract namespace (Linux): no file, it goes with its last descriptor.
+
+    Anybody on the host can connect: check `same_user` of each connection.
+    """
+    listener = socket_module.socket(socket_module.AF_UNIX, socket_module.SOCK_STREAM)
+    try:
+        listener.bind(f"\0{_PREFIX}{os.getpid()}-{secrets.token_hex(16)}")
+        listener.listen(_BACKLOG)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _credentials(connection: socket_module.socket) -> tuple[int, int, int]:
+    """Process, user and group at the other end, as the kernel knows them (SO_PEERCRED)."""
+    raw = connection.getsockopt(
+        socket_module.SOL_SOCKET, socket_module.SO_PEERCRED, struct.calcsize("3i")
+    )
+    process, user, group = struct.unpack("3i", raw)
+    return process, user, group
+
+
+def same_user(connection: socket_module.socket) -> bool:
+    """Whether the process at the other end of a unix socket runs as this process's user."""
+    return _credentials(connection)[1] == os.geteuid()
+
+
+def process_of(connection: socket_module.socket) -> int:
+    """The process at the other end of a unix socket."""
+    return _credentials(connection)[0]
 
 
 def _fresh_directory() -> Path:

@@ -11,6 +11,7 @@ import pytest
 
 from dtrain.comm import algorithms, collectives as c
 from dtrain.comm.arrays import describe
+from dtrain.comm.parts import slices
 from dtrain.comm.reduce import AVG, MAX, SUM
 from dtrain.testing.conformance import COLLECTIVES, COUNTS, check_group, make_calls
 from dtrain.testing.world import run_world
@@ -28,6 +29,12 @@ def test_local_conformance(kind, size):
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_zmq_conformance(kind, size):
     check_group("zmq", [size], [kind], COUNTS if size < 3 else (0, 7, 20_003))
+
+
+@pytest.mark.parametrize("kind", COLLECTIVES)
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_shm_conformance(kind, size):
+    check_group("shm", [size], [kind], COUNTS if size == 2 else (0, 7, 20_003))
 
 
 def test_the_suite_catches_a_wrong_sum(monkeypatch):
@@ -84,10 +91,10 @@ def _expected(kind, rank, n, count):
     """The closed forms of the docstring of `algorithms`, for float32."""
     b = 4 * count
     others, large = n - 1, b >= algorithms.SMALL
-    part = [4 * (s.stop - s.start) for s in algorithms.slices(count, n)]
+    part = [4 * (s.stop - s.start) for s in slices(count, n)]
     if kind == "all_reduce":
-        slices = 2 * others, (b - part[rank]) + others * part[rank]
-        return slices if large else (others, others * b)
+        exchanges = 2 * others, (b - part[rank]) + others * part[rank]
+        return exchanges if large else (others, others * b)
     if kind == "reduce":
         root = n // 2
         if large:
@@ -114,7 +121,7 @@ def test_messages_and_bytes_are_the_closed_forms(kind, size):
         assert sent == [_expected(kind, r, size, count) for r in range(size)], count
 
 
-def test_local_and_zmq_give_the_same_bits():
+def test_all_transports_give_the_same_bits():
     def train(group):
         rng = np.random.default_rng(group.rank)
         buf = rng.normal(size=50_000).astype(np.float32)
@@ -122,7 +129,9 @@ def test_local_and_zmq_give_the_same_bits():
             group.submit(c.AllReduce(buf, AVG))
         return buf.tobytes()
 
-    results = {run_world(3, train, transport=t)[r] for t in ("local", "zmq") for r in range(3)}
+    results = {
+        run_world(3, train, transport=t)[r] for t in ("local", "shm", "zmq") for r in range(3)
+    }
     assert len(results) == 1
 
 

@@ -25,7 +25,7 @@ from dtrain.errors import (
 )
 from dtrain.testing.world import run_ranks, run_world
 
-TRANSPORTS = ("local", "zmq")
+TRANSPORTS = ("local", "shm", "zmq")
 
 
 def submit_all(group, *calls):

@@ -27,6 +27,7 @@ from dtrain.testing.world import run_ranks, run_world
 
 TRANSPORTS = {
     "local": "local",
+    "shm": "shm",
     "zmq": "zmq",
     "zmq over tcp": partial(ZmqTransport, where="tcp://127.0.0.1"),
 }
@@ -61,14 +62,16 @@ def _moves(transport):
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match=re.escape("unknown transport 'smh' (known: local, zmq)")):
+    with pytest.raises(
+        ValueError, match=re.escape("unknown transport 'smh' (known: local, shm, zmq)")
+    ):
         ProcessGroup(MemoryStore(), 0, 1, transport="smh")
 
 
 def test_a_registered_transport_is_found_by_name(monkeypatch):
     monkeypatch.setattr(base, "_factories", dict(base._factories))
     base.register("mine", LocalTransport)
-    assert base.known() == ["local", "mine", "zmq"]
+    assert base.known() == ["local", "mine", "shm", "zmq"]
     run_world(2, lambda group: group.submit(Barrier()), transport="mine")
 
 
@@ -170,7 +173,7 @@ def test_a_forked_child_is_told_so_and_the_parent_goes_on():
             _in_child(lambda: group.submit(Barrier()))
         group.submit(Barrier())
 
-    for transport in ("local", "zmq"):
+    for transport in ("local", "shm", "zmq"):
         run_world(2, fork, transport=transport)
 
 

@@ -16,11 +16,11 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from dtrain.comm.store.base import Store
 from dtrain.comm.topology import host_id
 from dtrain.comm.transports.mailbox import ANY_SOURCE, Accept, Array, Mailbox, Receive
+from dtrain.comm.transports.window import Window
 from dtrain.errors import DistError, ForkedProcessError, PeerLost, TransportTimeout
 from dtrain.wire import dumps, loads
 
@@ -84,9 +84,12 @@ class Transport(ABC):
     """
 
     name = "?"
+    # Memory that all ranks of the group share, where the medium has it.
+    window: Window | None = None
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
+        self.peers = [r for r in range(size) if r != rank]
         self.mailbox = Mailbox(size)
         self.messages_sent = 0
         self.bytes_sent = 0
@@ -208,9 +211,16 @@ class Transport(ABC):
         self.mailbox.fail(error)
         self._wake()
 
-    def shared(self, nbytes: int) -> Any:
-        """A window of memory that all ranks see, or None where the medium has none."""
-        return None
+    def look(self) -> None:
+        """Take in what has arrived, news and deaths too, without waiting.
+
+        For those who wait somewhere else than in this transport.
+        """
+        self._watch(ANY_SOURCE)
+        version = -1
+        while version != self.mailbox.version:
+            version = self.mailbox.version
+            self.wait_until(lambda: False, 0.0)
 
     def check_usable(self) -> None:
         """Raise in a forked child (`ForkedProcessError`) and after `close` (`PeerLost`)."""
@@ -232,6 +242,7 @@ Factory = Callable[[Store, int, int, float], Transport]
 # {name: factory, or "module:attribute" of one that is imported when it is first asked for}
 _factories: dict[str, Factory | str] = {
     "local": "dtrain.comm.transports.local:LocalTransport",
+    "shm": "dtrain.comm.transports.shm:ShmTransport",
     "zmq": "dtrain.comm.transports.zmq:ZmqTransport",
 }
 
