@@ -20,6 +20,7 @@ CLASSES = {
     ("dtrain.autograd", "dtrain.autograd.grad_mode"): (
         "no_grad enable_grad inference_mode set_grad_enabled"
     ),
+    ("dtrain.distributed", "dtrain.distributed.device_mesh"): "DeviceMesh",
     ("dtrain.nn", "dtrain.nn.modules.module"): "Module",
     ("dtrain.nn", "dtrain.nn.modules.container"): "Sequential ModuleList",
     ("dtrain.nn", "dtrain.nn.modules.linear"): "Linear",
@@ -85,7 +86,22 @@ NAMES = {
         all_gather_into_tensor reduce_scatter_tensor all_to_all_single
         barrier send recv isend irecv
         all_gather_object broadcast_object_list gather_object scatter_object_list
-        Store TCPStore FileStore HashStore PrefixStore Work ProcessGroup group""",
+        Store TCPStore FileStore HashStore PrefixStore Work ProcessGroup group
+        all_gather_single reduce_scatter_single gather_single gather_into_tensor
+        all_reduce_coalesced all_gather_coalesced _coalescing_manager monitored_barrier
+        P2POp batch_isend_irecv send_object_list recv_object_list
+        new_subgroups new_subgroups_by_enumeration split_group get_pg_count set_timeout
+        get_process_group_ranks get_group_rank get_global_rank get_node_local_rank GroupMember
+        Backend BackendConfig get_backend_config is_backend_available is_gloo_available
+        is_nccl_available is_mpi_available is_ucc_available is_xccl_available
+        is_torchelastic_launched DeviceMesh init_device_mesh device_mesh nn
+        DebugLevel get_debug_level set_debug_level set_debug_level_from_env breakpoint
+        rank0_first rank0_section PreHookArgs PostHookArgs
+        DistError DistBackendError DistNetworkError DistStoreError QueueEmptyError""",
+    "dtrain.distributed.nn": "functional all_reduce",
+    "dtrain.distributed.nn.functional": """
+        broadcast gather scatter reduce reduce_scatter all_gather all_to_all all_to_all_single
+        all_reduce _all_gather_base""",
     "dtrain.testing": "run_world gradcheck",
 }
 
