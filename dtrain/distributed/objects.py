@@ -16,20 +16,45 @@ from dtrain.comm.point_to_point import Recv, Send
 from dtrain.distributed.codec import decode, encode
 from dtrain.distributed.staging import root_of
 from dtrain.distributed.world import GroupMember, ProcessGroup, resolve
+from dtrain.errors import DistBackendError
+
+# More is an error, or a rank that sends nonsense: objects are for small things.
+MAX_BYTES = 1 << 32
 
 
 def _bytes_of(value: Any) -> np.ndarray:
-    return np.frombuffer(encode(value), np.uint8)
+    data = encode(value)
+    if len(data) > MAX_BYTES:
+        raise ValueError(
+            f"an object of {len(data)} bytes is too large for an object collective (limit "
+            f"{MAX_BYTES}): send tensors"
+        )
+    return np.frombuffer(data, np.uint8)
 
 
-def _value_of(array: np.ndarray) -> Any:
-    return decode(array.tobytes())
+def _value_of(array: np.ndarray, group: ProcessGroup, sender: int) -> Any:
+    """The object in the bytes that group rank `sender` sent; DistBackendError names it."""
+    try:
+        return decode(array.tobytes())
+    except ValueError as error:
+        raise DistBackendError(f"rank {group.ranks[sender]} sent no object: {error}") from None
+
+
+def _check_announced(nbytes: Any, group: ProcessGroup, sender: int) -> int:
+    """The size of what group rank `sender` will send; DistBackendError if it is absurd."""
+    if not 0 <= nbytes <= MAX_BYTES:
+        raise DistBackendError(
+            f"rank {group.ranks[sender]} announced an object of {nbytes} bytes (limit {MAX_BYTES})"
+        )
+    return int(nbytes)
 
 
 def _sizes(group: ProcessGroup, own: int) -> np.ndarray:
     """How many bytes each rank brings (int64, one per rank)."""
     sizes = np.empty(group.size(), np.int64)
     group.issue(calls.AllGather(np.array([own], np.int64), sizes))
+    for sender, size in enumerate(sizes):
+        _check_announced(size, group, sender)
     return sizes
 
 
@@ -39,8 +64,9 @@ def _padded(data: np.ndarray, size: int) -> np.ndarray:
     return out
 
 
-def _split(rows: np.ndarray, sizes: np.ndarray) -> list[Any]:
-    return [_value_of(row[:n]) for row, n in zip(rows, sizes, strict=True)]
+def _split(rows: np.ndarray, sizes: np.ndarray, group: ProcessGroup) -> list[Any]:
+    parts = zip(rows, sizes, strict=True)
+    return [_value_of(row[:n], group, sender) for sender, (row, n) in enumerate(parts)]
 
 
 def all_gather_object(
@@ -55,7 +81,7 @@ def all_gather_object(
     sizes = _sizes(where, data.size)
     rows = np.empty((where.size(), int(sizes.max())), np.uint8)
     where.issue(calls.AllGather(_padded(data, rows.shape[1]), rows))
-    object_list[:] = _split(rows, sizes)
+    object_list[:] = _split(rows, sizes, where)
 
 
 def _check_length(values: list[Any], group: ProcessGroup, name: str) -> None:
@@ -89,7 +115,7 @@ def gather_object(
     rows = np.empty((where.size(), width), np.uint8) if at_root else None
     where.issue(calls.Gather(_padded(data, width), rows, root))
     if object_gather_list is not None and rows is not None:
-        object_gather_list[:] = _split(rows, sizes)
+        object_gather_list[:] = _split(rows, sizes, where)
 
 
 def broadcast_object_list(
@@ -104,9 +130,10 @@ def broadcast_object_list(
     data = _bytes_of(list(object_list)) if where.rank() == root else None
     size = np.array([0 if data is None else data.size], np.int64)
     where.issue(calls.Broadcast(size, root))
-    buffer = np.empty(int(size[0]), np.uint8) if data is None else data
+    announced = _check_announced(size[0], where, root)
+    buffer = np.empty(announced, np.uint8) if data is None else data
     where.issue(calls.Broadcast(buffer, root))
-    received = _value_of(buffer)
+    received = _value_of(buffer, where, root)
     if len(received) != len(object_list):
         raise ValueError(
             f"broadcast_object_list: rank {where.ranks[root]} sent {len(received)} objects, this "
@@ -142,9 +169,9 @@ def scatter_object_list(
         sizes[:-1], sizes[-1] = [p.size for p in parts], max(p.size for p in parts)
         rows = np.stack([_padded(p, int(sizes[-1])) for p in parts])
     where.issue(calls.Broadcast(sizes, root))
-    out = np.empty(int(sizes[-1]), np.uint8)
+    out = np.empty(_check_announced(sizes[-1], where, root), np.uint8)
     where.issue(calls.Scatter(rows, out, root))
-    scatter_object_output_list[0] = _value_of(out[: int(sizes[where.rank()])])
+    scatter_object_output_list[0] = _value_of(out[: int(sizes[where.rank()])], where, root)
 
 
 def send_object_list(
@@ -168,7 +195,7 @@ def recv_object_list(
     peer = None if src is None and group_src is None else root_of(where, src, group_src, "src")
     size = np.empty(1, np.int64)
     source = where.issue(Recv(size, peer)).source_rank()
-    data = np.empty(int(size[0]), np.uint8)
+    data = np.empty(_check_announced(size[0], where, source), np.uint8)
     where.issue(Recv(data, source))
-    object_list[:] = _value_of(data)
+    object_list[:] = _value_of(data, where, source)
     return where.ranks[source]

@@ -88,6 +88,8 @@ def _store_queues(connect: Connect) -> None:
     for value in (b"1", "2", b""):
         one.queue_push("jobs", value)
     assert two.queue_len("jobs") == 3
+    assert two.check(["jobs"])
+    two.wait(["jobs"], 5)
     assert [two.queue_pop("jobs"), one.queue_pop("jobs", False), two.queue_pop("jobs")] == [
         *(b"1", b"2", b""),
     ]
@@ -101,6 +103,15 @@ def _store_queues(connect: Connect) -> None:
     error = expect(StoreTimeout, lambda: one.queue_pop("late"))
     assert isinstance(error, StoreTimeout)
     assert [key.rpartition("/")[2] for key in error.keys] == ["late"]
+
+
+def _store_barrier(connect: Connect) -> None:
+    stores = [connect() for _ in range(3)]
+    expect(StoreTimeout, lambda: stores[0].barrier("alone", 2, 0.01))
+    with ThreadPoolExecutor(3) as pool:
+        for turn in range(2):
+            list(pool.map(lambda store: store.barrier("all", 3, 10.0), stores))
+            assert stores[0].get("all/arrived") == b"%d" % (3 * turn + 3)
 
 
 def _store_clones(connect: Connect) -> None:
@@ -178,6 +189,7 @@ STORE_CHECKS: dict[str, Callable[[Connect], None]] = {
     "handles many keys": _store_handles_many_keys,
     "queues": _store_queues,
     "clones": _store_clones,
+    "barrier": _store_barrier,
     "wakes who waits": _store_wakes_who_waits,
     "times out": _store_times_out,
     "gathers": _store_gathers,

@@ -12,6 +12,8 @@ from hypothesis import given, settings, strategies as st
 
 import dtrain as torch
 import dtrain.distributed as dist
+from dtrain.comm.collectives import Broadcast
+from dtrain.distributed import objects
 from dtrain.distributed.codec import decode, encode
 from dtrain.testing.distributed import run_distributed
 
@@ -124,3 +126,34 @@ def check_objects():
 @pytest.mark.parametrize("transport", ["local", "zmq"])
 def test_object_collectives(transport):
     run_distributed(3, check_objects, transport=transport)
+
+
+def check_nonsense():
+    """Rank 1 speaks the protocol by hand, and wrongly: the others name it."""
+    group, shared = dist.group.WORLD, [None]
+    for size, data, sentence in (
+        (-1, None, "rank 1 announced an object of -1 bytes"),
+        (1 << 60, None, "rank 1 announced an object of 1152921504606846976 bytes"),
+        (3, b"\xc1\xc1\xc1", "rank 1 sent no object: malformed"),
+    ):
+        if dist.get_rank() == 1:
+            group.issue(Broadcast(np.array([size], np.int64), 1))
+            if data is not None:
+                group.issue(Broadcast(np.frombuffer(data, np.uint8), 1))
+        else:
+            with pytest.raises(dist.DistBackendError, match=sentence):
+                dist.broadcast_object_list(shared, src=1)
+
+
+def test_a_rank_that_sends_nonsense_is_named():
+    run_distributed(3, check_nonsense)
+
+
+def test_an_object_that_is_too_large_is_refused_where_it_is(monkeypatch):
+    monkeypatch.setattr(objects, "MAX_BYTES", 100)
+
+    def rank():
+        with pytest.raises(ValueError, match="too large for an object collective"):
+            dist.broadcast_object_list(["x" * 200])
+
+    run_distributed(1, rank)

@@ -100,11 +100,12 @@ class Table:
         self._values[key] = value
 
     def _get(self, key: str) -> bytes:
-        self._wait([key])
-        return self._values[key]
+        return self._multi_get([key])[0]
 
     def _multi_get(self, keys: list[str]) -> list[bytes]:
-        self._wait(keys)
+        missing = [key for key in keys if key not in self._values]
+        if missing:
+            raise NotYet(missing)
         return [self._values[key] for key in keys]
 
     def _multi_set(self, keys: list[str], values: list[bytes]) -> None:
@@ -122,10 +123,13 @@ class Table:
         return total
 
     def _check(self, keys: list[str]) -> bool:
-        return all(key in self._values for key in keys)
+        return all(self._has(key) for key in keys)
+
+    def _has(self, key: str) -> bool:
+        return key in self._values or key in self._queues
 
     def _wait(self, keys: list[str]) -> None:
-        missing = [key for key in keys if key not in self._values]
+        missing = [key for key in keys if not self._has(key)]
         if missing:
             raise NotYet(missing)
 
@@ -260,11 +264,11 @@ class Store(ABC):
         return int(self._call("add", [key, int(amount)], self._patience))
 
     def check(self, keys: Iterable[str]) -> bool:
-        """Whether all `keys` exist now."""
+        """Whether all `keys` exist now, or are queues that are not empty."""
         return bool(self._call("check", [list(keys)], self._patience))
 
     def wait(self, keys: Iterable[str], timeout: Timeout | None = None) -> None:
-        """Wait until all `keys` exist."""
+        """Wait until all `keys` exist, or are queues that are not empty."""
         self._call("wait", [list(keys)], self._wait_for(timeout))
 
     def delete_key(self, key: str) -> bool:
@@ -303,6 +307,14 @@ class Store(ABC):
     def queue_len(self, key: str) -> int:
         """How many values wait in the queue `key`."""
         return int(self._call("queue_len", [key], self._patience))
+
+    def barrier(self, key: str, world_size: int, timeout: Timeout | None = None) -> None:
+        """Wait until this has been called `world_size` times with `key`; counts in rounds."""
+        arrived = self.add(f"{key}/arrived", 1)
+        gate = f"{key}/round {(arrived - 1) // world_size} of {world_size}"
+        if arrived % world_size == 0:
+            self.set(gate, b"")
+        self.wait([gate], timeout)
 
     def has_extended_api(self) -> bool:
         """True: every kind of store has `append`, `multi_get` and `multi_set`."""
