@@ -156,7 +156,7 @@ class Interop(Value):
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """In another dtype; devices are checked and change nothing. Source: torch.Tensor.to."""
         dtype, copy = parse_to(args, kwargs)
-        if dtype is not None and dtype is not self.dtype:
+        if dtype is not None and dtype is not dtypes.from_numpy(self._data.dtype):
             return cast(self, dtype=dtype)
         return clone(self) if copy else self
 
@@ -166,7 +166,7 @@ class Interop(Value):
         `dtype` is one, or a legacy class such as LongTensor, or its name. Source: torch.
         """
         if dtype is None:
-            return f"dtrain.{self.dtype.scalar_type}Tensor"
+            return f"dtrain.{dtypes.from_numpy(self._data.dtype).scalar_type}Tensor"
         return self.to(dtype_named(dtype))
 
     def type_as(self, other: Value) -> Any:

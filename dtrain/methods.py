@@ -109,10 +109,10 @@ for _name, _op in {"pow": ar.pow, "matmul": linalg.matmul}.items():
     setattr(Tensor, f"__i{_name}__", in_place(_op))
 for _name, _op in COMPARISONS.items():
     setattr(Tensor, f"__{_name}__", _op.operator)  # type: ignore[attr-defined]
-Tensor.__neg__ = ew.neg  # type: ignore[attr-defined]
-Tensor.__abs__ = ew.abs  # type: ignore[attr-defined]
-Tensor.__invert__ = cp.bitwise_not  # type: ignore[attr-defined]
-Tensor.__pos__ = ew.positive  # type: ignore[attr-defined]
+for _name, _op in {
+    "neg": ew.neg, "abs": ew.abs, "invert": cp.bitwise_not, "pos": ew.positive,
+}.items():  # fmt: skip
+    setattr(Tensor, f"__{_name}__", _op)
 
 # {family: names}: methods that are the public function of the same name
 METHODS: dict[Any, str] = {
@@ -145,7 +145,8 @@ for _module, _names in METHODS.items():
         setattr(Tensor, _name, getattr(_module, _name))
 
 for _name, _function in {
-    "view": sh.view, "reshape": sh.reshape, "permute": sh.permute, "expand": sh.expand, "broadcast_to": sh.expand,
+    "view": sh.view, "reshape": sh.reshape, "permute": sh.permute, "expand": sh.expand,
+    "broadcast_to": sh.expand,
     "repeat": order.repeat, "tile": order.tile, "flip": order.flip,
 }.items():  # fmt: skip
     setattr(Tensor, _name, sizes(_function))
@@ -161,8 +162,8 @@ OTHERS = {
     "clamp_min": ar.clamp_min, "clamp_max": ar.clamp_max,
     "erf": special.erf,
 }  # fmt: skip
-for _name, _function in OTHERS.items():
-    setattr(Tensor, _name, _function)
+for _name, _other in OTHERS.items():
+    setattr(Tensor, _name, _other)
 
 IN_PLACE = """add sub mul div pow clamp clamp_min clamp_max clip exp expm1 log log1p sqrt rsqrt sin
     cos tanh sigmoid abs neg floor ceil round trunc sign relu masked_fill scatter scatter_add
@@ -197,5 +198,7 @@ def _reshape_as(self: Tensor, other: Tensor) -> Any:
 Tensor.view_as = _view_as  # type: ignore[attr-defined]
 Tensor.expand_as = _expand_as  # type: ignore[attr-defined]
 Tensor.reshape_as = _reshape_as  # type: ignore[attr-defined]
-Tensor.T = property(lambda self: sh.permute(self, range(self.ndim)[::-1]))  # type: ignore[attr-defined]
+Tensor.T = property(  # type: ignore[attr-defined]
+    lambda self: sh.permute(self, range(self.ndim)[::-1])
+)
 Tensor.mT = property(lambda self: sh.transpose(self, -1, -2))  # type: ignore[attr-defined]

@@ -7,33 +7,22 @@ Tensors of more than `threshold` elements show `edgeitems` at the ends of each d
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from dtrain import dtypes
 
-
-@dataclasses.dataclass
-class Options:
-    """What `set_printoptions` sets; `sci_mode` None means: where the numbers ask for it."""
-
-    precision: int = 4
-    threshold: float = 1000
-    edgeitems: int = 3
-    linewidth: int = 80
-    sci_mode: bool | None = None
-
-
-PROFILES = {
-    "default": Options(),
-    "short": Options(precision=2, edgeitems=2),
-    "full": Options(threshold=math.inf),
+PROFILES: dict[str, dict[str, Any]] = {
+    "default": {"precision": 4, "threshold": 1000, "edgeitems": 3},
+    "short": {"precision": 2, "threshold": 1000, "edgeitems": 2},
+    "full": {"precision": 4, "threshold": math.inf, "edgeitems": 3},
 }
-options = Options()
+# What `set_printoptions` sets; `sci_mode` None means: where the numbers ask for it.
+options = SimpleNamespace(**PROFILES["default"], linewidth=80, sci_mode=None)
 
 
 def set_printoptions(
@@ -48,21 +37,16 @@ def set_printoptions(
     if profile is not None:
         if profile not in PROFILES:
             raise ValueError(f"unknown profile {profile!r} (known: {', '.join(PROFILES)})")
-        given = dataclasses.asdict(PROFILES[profile])
-        del given["linewidth"]
-    for name in ("precision", "threshold", "edgeitems", "linewidth"):
-        value = locals()[name]
-        if value is not None:
-            given[name] = value
-    options.sci_mode = sci_mode
-    given.pop("sci_mode", None)
-    for name, value in given.items():
-        setattr(options, name, value)
+        given |= PROFILES[profile]
+    said = {"precision": precision, "threshold": threshold, "edgeitems": edgeitems,
+            "linewidth": linewidth}  # fmt: skip
+    given |= {name: value for name, value in said.items() if value is not None}
+    options.__dict__.update(given, sci_mode=sci_mode)
 
 
 def get_printoptions() -> dict[str, Any]:
     """The options as a dict. Source: torch.get_printoptions."""
-    return dataclasses.asdict(options)
+    return dict(vars(options))
 
 
 Format = Callable[[Any], str]

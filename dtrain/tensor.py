@@ -211,13 +211,13 @@ class Tensor(Interop):
         keep = create_graph if retain_graph is None else retain_graph
         engine.backward((self,), (gradient,), keep, create_graph, inputs)
 
-    def detach(self) -> Tensor:
+    def detach(self) -> Any:
         """The same memory outside the graph; changes in place are counted together."""
         if self._version is None:
             self._version = Version()
         other = make(self._data)
         other._version = self._version
-        return other  # type: ignore[return-value]
+        return other
 
     def detach_(self) -> Tensor:
         """Leave the graph; not for views."""
@@ -227,9 +227,9 @@ class Tensor(Interop):
         return self
 
     @property
-    def data(self) -> Tensor:
+    def data(self) -> Any:
         """The same memory outside the graph; changes through it are not noticed by autograd."""
-        return make(self._data)  # type: ignore[return-value]
+        return make(self._data)
 
     @data.setter
     def data(self, value: Tensor) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from dtrain import dtypes
 from dtrain.autograd.grad_mode import grad_enabled
 from dtrain.autograd.node import SELECT, Node, check_saved, edge_of, make, release
 from dtrain.autograd.op import ALIAS
@@ -190,7 +191,8 @@ def accumulate(leaf: Any, grad: Any, owned: bool) -> None:
     """
     present = leaf._grad
     if isinstance(grad, Value):
-        leaf._grad = grad.clone() if present is None else present + grad  # type: ignore[attr-defined]
+        again: Any = grad
+        leaf._grad = again.clone() if present is None else present + again
         return
     data = leaf._data
     if grad.__class__ is not np.ndarray or grad.dtype != data.dtype:
@@ -232,8 +234,10 @@ def check_replacement(hook: Callable[..., Any], before: Any, after: Any) -> None
             f"{list(after._data.shape)}"
         )
     if after._data.dtype != before._data.dtype:
+        was, got = (dtypes.from_numpy(v._data.dtype).scalar_type for v in (before, after))
         raise RuntimeError(
-            f"hook '{name}' has changed the type of value (was {before.type()} got {after.type()})"  # type: ignore[attr-defined]
+            f"hook '{name}' has changed the type of value (was dtrain.{was}Tensor got "
+            f"dtrain.{got}Tensor)"
         )
 
 
@@ -285,8 +289,8 @@ def initial_grad(i: int, root: Any, grad: Any, create_graph: bool) -> Any:
         raise TypeError(f"gradients can be either Tensors or None, but got {type(grad).__name__}")
     if grad._data.shape != data.shape:
         raise RuntimeError(
-            f"Mismatch in shape: grad_output[{i}] has a shape of {grad.shape} and output[{i}] has "  # type: ignore[attr-defined]
-            f"a shape of {root.shape}."
+            f"Mismatch in shape: grad_output[{i}] has a shape of {list(grad._data.shape)} and "
+            f"output[{i}] has a shape of {list(data.shape)}."
         )
     if grad._data.dtype != data.dtype:
         grad = grad.to(root.dtype)  # type: ignore[attr-defined]

@@ -54,7 +54,7 @@ class FunctionCtx:
         if node is None:
             return self._to_save
         check_saved(node)
-        own = node.own_saved  # type: ignore[attr-defined]
+        own = node.own_saved
         return tuple(make(v._data, own[i]()) if i in own else v for i, v in enumerate(node.saved))
 
 
@@ -74,18 +74,18 @@ class FunctionOp:
 
     def backward(self, node: Node, grad: Any, create_graph: bool) -> tuple[Any, ...]:
         check_saved(node)
-        ctx = node.ctx  # type: ignore[attr-defined]
+        ctx = node.ctx
         boxed = [
             self.box(value, kind, ctx.materialize_grads)
-            for value, kind in zip(self.by_output(node, grad), node.result_kinds, strict=True)  # type: ignore[attr-defined]
+            for value, kind in zip(self.by_output(node, grad), node.result_kinds, strict=True)
         ]
         return self.unpack(node, self.cls.backward(ctx, *boxed), create_graph)
 
     def by_output(self, node: Node, grad: Any) -> list[Any]:
         """The gradient of every result of forward: those that cannot have one get None."""
         given = grad if isinstance(grad, list) else [grad]
-        grads: list[Any] = [None] * len(node.result_kinds)  # type: ignore[attr-defined]
-        for place, value in zip(node.places, given, strict=True):  # type: ignore[attr-defined]
+        grads: list[Any] = [None] * len(node.result_kinds)
+        for place, value in zip(node.places, given, strict=True):
             grads[place] = value
         return grads
 
@@ -108,7 +108,7 @@ class FunctionOp:
         grads = [
             None if r is None or edge is None else self.fit(i, r, *kind)
             for i, (r, edge, kind) in enumerate(
-                zip(results, node.edges, node.input_kinds, strict=True)  # type: ignore[attr-defined]
+                zip(results, node.edges, node.input_kinds, strict=True)
             )
         ]
         return tuple([g if create_graph or g is None else g._data for g in grads])
@@ -198,7 +198,7 @@ def attach(
     for tensor in ctx._dirty:
         tensor._check_writable()
     boxed = [own_result(r, args) if id(r) not in dirty else r for r in results]
-    node = Node(_op_of(cls), edges)
+    node = Node(_op_of(cls), edges)  # type: ignore[arg-type]  # classes are hashable
     node.ctx, ctx._node = ctx, weakref.ref(node)  # type: ignore[attr-defined]
     node.input_kinds = [_kind(a) or ((), None) for a in args]  # type: ignore[attr-defined]
     node.result_kinds = [_kind(r) for r in results]  # type: ignore[attr-defined]
@@ -244,13 +244,12 @@ def keep_saved(node: Node, ctx: FunctionCtx, results: tuple[Any, ...], outputs: 
                 f"save_for_backward can only save variables, but argument {i} is of type "
                 f"{type(value).__name__}"
             )
-    made = {id(results[p]): t for p, t in zip(node.places, outputs, strict=True)}  # type: ignore[attr-defined]
+    made = {id(results[p]): t for p, t in zip(node.places, outputs, strict=True)}
     node.own_saved = {  # type: ignore[attr-defined]
         i: weakref.ref(made[id(v)]._node) for i, v in enumerate(ctx._to_save) if id(v) in made
     }
     node.saved = tuple(
-        _without_node(v) if i in node.own_saved else v  # type: ignore[attr-defined]
-        for i, v in enumerate(ctx._to_save)
+        _without_node(v) if i in node.own_saved else v for i, v in enumerate(ctx._to_save)
     )
     node.versions = tuple([version_of(v) for v in node.saved])
     ctx._to_save = ()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -73,6 +73,10 @@ class Node:
         "shapes",
         "versions",
     )  # fmt: skip
+
+    if TYPE_CHECKING:  # attributes and saved values have the names that definitions give them
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def __init__(self, op: Any, edges: tuple[Any, ...]) -> None:
         self.op = op

@@ -71,8 +71,11 @@ class Arithmetic:
     """torch's type promotion: the common dtype of all operands.
 
     `keeps` holds (dtype kind of an array, class of a Python number) wherever the number leaves the
-    array at its dtype, for NumPy as for torch.
+    array at its dtype, for NumPy as for torch. The op gets such a number as an array, unless
+    `numbers_as_arrays` is False: then it may look at it.
     """
+
+    numbers_as_arrays = True
 
     keeps = frozenset(
         [("f", c) for c in (bool, int, float)]
@@ -97,5 +100,12 @@ class Floating:
         return call(cast(a, dtype=dtypes.get_default_dtype()))
 
 
+class Comparison(Arithmetic):
+    """Arithmetic where a number keeps its value though the dtype cannot hold it."""
+
+    numbers_as_arrays = False
+
+
 ARITHMETIC = Arithmetic()
+COMPARISON = Comparison()
 FLOATING = Floating()

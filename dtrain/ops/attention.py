@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from dtrain import dtypes
+from dtrain.autograd.dispatch import broadcast_error
 from dtrain.autograd.node import make
-from dtrain.autograd.op import broadcast_error, define
+from dtrain.autograd.op import define
 from dtrain.autograd.value import Value
 from dtrain.ops.activation import softmax
 from dtrain.ops.compare import where

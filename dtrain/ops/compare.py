@@ -12,15 +12,15 @@ import numpy as np
 from dtrain import dtypes
 from dtrain.autograd.node import make
 from dtrain.autograd.op import define
-from dtrain.autograd.promotion import ARITHMETIC, together
+from dtrain.autograd.promotion import ARITHMETIC, COMPARISON, together
 from dtrain.autograd.value import Value
 
-eq = define("eq", np.equal, promote=ARITHMETIC)
-ne = define("ne", np.not_equal, promote=ARITHMETIC)
-lt = define("lt", np.less, promote=ARITHMETIC)
-le = define("le", np.less_equal, promote=ARITHMETIC)
-gt = define("gt", np.greater, promote=ARITHMETIC)
-ge = define("ge", np.greater_equal, promote=ARITHMETIC)
+eq = define("eq", np.equal, promote=COMPARISON)
+ne = define("ne", np.not_equal, promote=COMPARISON)
+lt = define("lt", np.less, promote=COMPARISON)
+le = define("le", np.less_equal, promote=COMPARISON)
+gt = define("gt", np.greater, promote=COMPARISON)
+ge = define("ge", np.greater_equal, promote=COMPARISON)
 logical_and = define("logical_and", np.logical_and)
 logical_or = define("logical_or", np.logical_or)
 logical_xor = define("logical_xor", np.logical_xor)

@@ -26,7 +26,7 @@ def finish(array: Array, device: Any = None, requires_grad: bool = False) -> Any
         Device(device)  # raises for anything but the CPU
     t = make(array)
     if requires_grad:
-        t.requires_grad = True  # type: ignore[attr-defined]
+        t.requires_grad = True
     return t
 
 
@@ -45,7 +45,7 @@ def _infer(data: Any, dtype: dtypes.dtype | None = None) -> Array:
     try:
         array = np.asarray(data)
     except ValueError:
-        raise _ragged(data, 0) from None
+        raise _ragged(data, 0) or ValueError("sequences of unequal length") from None
     if array.dtype == object or array.dtype.kind in "USV":
         raise _not_numbers(data)
     if dtype is not None or isinstance(data, (np.ndarray, np.generic)) or _numpy_numbers(data):
@@ -93,13 +93,13 @@ def _ragged(data: Any, dim: int) -> Exception | None:
             return ValueError(
                 f"expected sequence of length {len(parts[0])} at dim {dim + 1} (got {len(part)})"
             )
-    return next(e for e in (_ragged(part, dim + 1) for part in parts) if e is not None)
+    return next((e for part in parts if (e := _ragged(part, dim + 1)) is not None), None)
 
 
 def _array_from(data: Any, dtype: dtypes.dtype | None) -> Array:
     array = data._data if isinstance(data, Value) else _infer(data, dtype)
     dtypes.from_numpy(array.dtype if dtype is None else dtype.numpy)
-    return array if dtype is None else array.astype(dtype.numpy, copy=False)  # type: ignore[no-any-return]
+    return array if dtype is None else array.astype(dtype.numpy, copy=False)
 
 
 def legacy_array(args: tuple[Any, ...], kind: np.dtype[Any]) -> Array:
@@ -148,7 +148,8 @@ def from_numpy(ndarray: Array) -> Any:
 def shape_of(size: tuple[Any, ...]) -> tuple[int, ...]:
     """Sizes given one by one or as one sequence, checked."""
     if len(size) == 1 and not isinstance(size[0], (int, np.integer)):
-        size = tuple(size[0]) if not isinstance(size[0], Value) else (int(size[0]),)  # type: ignore[call-overload]
+        only: Any = size[0]
+        size = (int(only._data),) if isinstance(only, Value) else tuple(only)
     shape = tuple([int(n) for n in size])
     if any(n < 0 for n in shape):
         raise RuntimeError(f"Dimension size must be non-negative, got {list(shape)}.")
@@ -251,7 +252,7 @@ def arange(
     """
     if end is None:
         start, end = 0, start
-    start, end, step = (v.item() if isinstance(v, Value) else v for v in (start, end, step))  # type: ignore[attr-defined]
+    start, end, step = (v._data.item() if isinstance(v, Value) else v for v in (start, end, step))
     if step == 0:
         raise RuntimeError("step must be nonzero")
     if (end - start) * step < 0:
@@ -324,5 +325,6 @@ def meshgrid(*tensors: Any, indexing: str = "ij") -> tuple[Any, ...]:
         raise RuntimeError(
             f"torch.meshgrid: indexing must be one of 'xy' or 'ij', but received: {indexing}"
         )
-    grids = np.meshgrid(*[t._data for t in tensors], indexing=indexing)  # type: ignore[call-overload]
+    order: Any = indexing
+    grids = np.meshgrid(*[t._data for t in tensors], indexing=order)
     return tuple(make(np.ascontiguousarray(g)) for g in grids)

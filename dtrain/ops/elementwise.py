@@ -76,7 +76,7 @@ rsqrt = define(
 )  # fmt: skip
 sin = define("sin", np.sin, promote=FLOATING, saves="x", sample=_one(),
              vjp=lambda n, g: (g * cos(n.x),))  # fmt: skip
-cos = define("cos", np.cos, promote=FLOATING, saves="x", sample=_one(),
+cos: Any = define("cos", np.cos, promote=FLOATING, saves="x", sample=_one(),
              vjp=lambda n, g: (-g * sin(n.x),))  # fmt: skip
 tan = define("tan", np.tan, promote=FLOATING, saves="y", sample=_one(),
              vjp=lambda n, g: (g * (1 + n.y * n.y),))  # fmt: skip
@@ -84,7 +84,7 @@ atan = define("atan", np.arctan, promote=FLOATING, saves="x", sample=_one(),
               vjp=lambda n, g: (g / (1 + n.x * n.x),))  # fmt: skip
 sinh = define("sinh", np.sinh, promote=FLOATING, saves="x", sample=_one(),
               vjp=lambda n, g: (g * cosh(n.x),))  # fmt: skip
-cosh = define("cosh", np.cosh, promote=FLOATING, saves="x", sample=_one(),
+cosh: Any = define("cosh", np.cosh, promote=FLOATING, saves="x", sample=_one(),
               vjp=lambda n, g: (g * sinh(n.x),))  # fmt: skip
 tanh = define("tanh", np.tanh, promote=FLOATING, saves="y", sample=_one(),
               vjp=lambda n, g: (g * (1 - n.y * n.y),))  # fmt: skip
@@ -102,7 +102,7 @@ exp2 = define("exp2", np.exp2, promote=FLOATING, saves="y", sample=_one(),
               vjp=lambda n, g: (g * n.y * math.log(2),))  # fmt: skip
 
 
-def _sigmoid(x: np.ndarray) -> np.ndarray:
+def _sigmoid(x: np.ndarray) -> Any:
     # 1/(1+exp(-x)) overflows to inf and then 0 for very negative x, which is the right limit
     return 1 / (1 + np.exp(-x))
 
@@ -121,7 +121,7 @@ frac = define("frac", lambda x: x - np.trunc(x), vjp=lambda n, g: (g,), sample=_
 logit = define("logit", lambda x: np.log(x / (1 - x)), promote=FLOATING, saves="x",
                sample=_one(0.1, 0.9), vjp=lambda n, g: (g / (n.x * (1 - n.x)),))  # fmt: skip
 
-sign = define("sign", lambda x: x.copy() if x.dtype.kind == "b" else np.sign(x), vjp=flat_vjp,
+sign: Any = define("sign", lambda x: x.copy() if x.dtype.kind == "b" else np.sign(x), vjp=flat_vjp,
               sample=_one())  # fmt: skip
 floor = define("floor", np.floor, vjp=flat_vjp, sample=_one())
 ceil = define("ceil", np.ceil, vjp=flat_vjp, sample=_one())

@@ -74,7 +74,7 @@ def one_hot(tensor: Any, num_classes: int = -1) -> Any:
     return _one_hot(tensor, num_classes=num_classes)
 
 
-def _one_hot_forward(x: np.ndarray, *, num_classes: int) -> np.ndarray:
+def _one_hot_forward(x: np.ndarray, *, num_classes: int) -> Any:
     if x.dtype != np.int64:
         raise RuntimeError("one_hot is only applicable to index tensor of type LongTensor.")
     classes = int(x.max()) + 1 if num_classes == -1 else num_classes

@@ -272,7 +272,7 @@ def _masked_fill_forward(x: np.ndarray, mask: np.ndarray, *, value: Any) -> np.n
     return np.where(mask, x.dtype.type(value), x)
 
 
-_masked_fill = define(
+_masked_fill: Any = define(
     "masked_fill", _masked_fill_forward, inputs="x mask", saves="mask", broadcasts=True,
     vjp=lambda n, g: (_masked_fill(g, n.mask, value=0), None),
     sample=lambda: [((_rand(3, 4), _rand(3, 4) > 0.5), {"value": 2.0})],

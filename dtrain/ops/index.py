@@ -141,7 +141,7 @@ def take(x: np.ndarray, index: Index) -> np.ndarray:
     if not any(part is Ellipsis or isinstance(part, np.ndarray) for part in index):
         index = (*index, ...)  # a full index then gives a 0-d view, not a number
     try:
-        return x[index]  # type: ignore[no-any-return]
+        return x[index]
     except IndexError as error:
         raise index_error(x, index, error) from None
 

@@ -19,11 +19,12 @@ from dtrain import dtypes
 from dtrain.autograd.grad_mode import grad_enabled
 from dtrain.autograd.handle import HookTable
 from dtrain.autograd.node import make
-from dtrain.autograd.op import record
+from dtrain.autograd.op import OPS, record
 from dtrain.autograd.promotion import cast
 from dtrain.autograd.value import Value, Version
 from dtrain.ops.create import number_for
 from dtrain.ops.index import Index, getitem, index_error, index_put, split_index
+from dtrain.ops.shape import reshape
 
 
 def bump(tensor: Value) -> None:
@@ -188,7 +189,7 @@ def _record_put(tensor: Value, index: Index, value: Any) -> None:
     if boxed._data.ndim > selected:  # leading dimensions of size 1, which assignment drops
         boxed = boxed.reshape(boxed._data.shape[boxed._data.ndim - selected :])
     index = tuple(part.copy() if isinstance(part, np.ndarray) else part for part in index)
-    node = record(index_put.op, (old, boxed), result, {"index": index})  # type: ignore[attr-defined]
+    node = record(OPS["index_put"], (old, boxed), result, {"index": index})
     node.shapes = (data.shape, boxed._data.shape)
     move(tensor, result)
 
@@ -203,9 +204,9 @@ def move(tensor: Value, result: Value) -> None:
             tensor._version.regraphed = tensor._version.count
         return
     places = positions(tensor, base)
-    flat = make(base._data, base._node).reshape((-1,))  # type: ignore[attr-defined]
-    whole = index_put(flat, result.reshape((-1,)), index=(places.reshape(-1),))  # type: ignore[attr-defined]
-    whole = whole.reshape(base._data.shape)
+    flat = reshape(make(base._data, base._node), (-1,))
+    values = reshape(result, (-1,))
+    whole = reshape(index_put(flat, values, index=(places.reshape(-1),)), base._data.shape)
     _keep_retained(base._node, whole._node)
     base._node, base._requires_grad = whole._node, True
     base._version.regraphed = base._version.count
@@ -229,8 +230,12 @@ def refresh_view(view: Value) -> None:
     if not base._requires_grad:
         return
     places = positions(view, base)
-    flat = make(base._data, base._node).reshape((-1,))  # type: ignore[attr-defined]
-    seen = getitem(flat, (places,))
+    mode = grad_enabled.set(True)  # the place in the graph does not depend on who looks
+    try:
+        flat = reshape(make(base._data, base._node), (-1,))
+        seen = getitem(flat, (places,))
+    finally:
+        grad_enabled.reset(mode)
     view._node, view._requires_grad = seen._node, True
 
 

@@ -138,7 +138,8 @@ def chunk(input: Any, chunks: int, dim: int = 0) -> tuple[Any, ...]:
 
 def _unbind_forward(x: np.ndarray, *, dim: int) -> tuple[np.ndarray, ...]:
     lead = (slice(None),) * dim
-    return tuple([x[(*lead, i, ...)] for i in range(x.shape[dim])])
+    places: list[Any] = [(*lead, i, ...) for i in range(x.shape[dim])]
+    return tuple([x[place] for place in places])
 
 
 def _unbind_vjp(n: Any, grads: Any) -> Any:

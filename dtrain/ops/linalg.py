@@ -33,7 +33,7 @@ def _c_name(dtype: np.dtype[Any]) -> str:
     return {dtypes.int64: "long", dtypes.int32: "int"}.get(known, known.scalar_type.lower())
 
 
-def _matmul_forward(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def _matmul_forward(a: np.ndarray, b: np.ndarray) -> Any:
     _check_dtypes(a, b)
     try:
         if a.ndim > 2 and b.ndim == 2 and a.size:  # NumPy would multiply batch by batch
@@ -153,7 +153,7 @@ def outer(input: Any, vec2: Any) -> Any:
 # --- linear ------------------------------------------------------------------------------------
 
 
-def _linear_forward(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
+def _linear_forward(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> Any:
     if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
         raise _matmul_error(x.shape, weight.shape[::-1])
     _check_dtypes(x, weight)

@@ -61,12 +61,12 @@ def repeat_interleave(input: Any, repeats: Any, dim: int | None = None) -> Any:
     return getitem(input, (slice(None),) * axis + (places,))
 
 
-_flip = define(
+_flip: Any = define(
     "flip", lambda x, *, dims: np.flip(x, dims).copy(), inputs="x",
     vjp=lambda n, g: (_flip(g, dims=n.dims),),
     sample=lambda: [((_rand(2, 3),), {"dims": (1,)})],
 )  # fmt: skip
-_roll = define(
+_roll: Any = define(
     "roll", lambda x, *, shifts, dims: np.roll(x, shifts, dims), inputs="x",
     vjp=lambda n, g: (_roll(g, shifts=tuple(-s for s in n.shifts), dims=n.dims),),
     sample=lambda: [((_rand(2, 3),), {"shifts": (1,), "dims": (1,)})],
@@ -110,12 +110,12 @@ def clone(input: Any, *, memory_format: Any = None) -> Any:
     return _clone(input)
 
 
-_tril = define(
+_tril: Any = define(
     "tril", lambda x, *, diagonal: np.tril(x, diagonal), inputs="x",
     vjp=lambda n, g: (_tril(g, diagonal=n.diagonal),),
     sample=lambda: [((_rand(3, 3),), {"diagonal": 0})],
 )  # fmt: skip
-_triu = define(
+_triu: Any = define(
     "triu", lambda x, *, diagonal: np.triu(x, diagonal), inputs="x",
     vjp=lambda n, g: (_triu(g, diagonal=n.diagonal),),
     sample=lambda: [((_rand(3, 3),), {"diagonal": 1})],

@@ -16,7 +16,7 @@ from dtrain.autograd.node import make
 from dtrain.autograd.value import Value
 from dtrain.generator import Generator
 from dtrain.ops.create import finish, shape_of
-from dtrain.ops.inplace import write
+from dtrain.ops.inplace import put
 from dtrain.random import default_generator
 
 
@@ -106,10 +106,15 @@ def multinomial(
 # --- in place ------------------------------------------------------------------------------------
 
 
+def _fill(self: Any, drawn: np.ndarray) -> Any:
+    """Write drawn numbers; a tensor that is part of a graph gets no gradient through them."""
+    put(self, ..., drawn, part=False)
+    return self
+
+
 def uniform_(self: Any, a: float = 0, b: float = 1, *, generator: Generator | None = None) -> Any:
     """Fill with uniform numbers in [a, b). Source: torch.Tensor.uniform_."""
-    write(self, source_of(generator).uniform(self._data.shape, self.dtype, a, b))
-    return self
+    return _fill(self, source_of(generator).uniform(self._data.shape, self.dtype, a, b))
 
 
 def normal_(
@@ -118,21 +123,18 @@ def normal_(
     """Fill with normal numbers. Source: torch.Tensor.normal_."""
     if std < 0:
         raise RuntimeError(f"normal expects std >= 0.0, but found std {std}")
-    write(self, source_of(generator).normal(self._data.shape, self.dtype, mean, std))
-    return self
+    return _fill(self, source_of(generator).normal(self._data.shape, self.dtype, mean, std))
 
 
 def exponential_(self: Any, lambd: float = 1, *, generator: Generator | None = None) -> Any:
     """Fill with exponential numbers of rate `lambd`. Source: torch.Tensor.exponential_."""
-    write(self, source_of(generator).exponential(self._data.shape, self.dtype, lambd))
-    return self
+    return _fill(self, source_of(generator).exponential(self._data.shape, self.dtype, lambd))
 
 
 def bernoulli_(self: Any, p: Any = 0.5, *, generator: Generator | None = None) -> Any:
     """Fill with 0 and 1 of probability p (a number). Source: torch.Tensor.bernoulli_."""
     drawn = source_of(generator).bernoulli(p, self._data.shape)
-    write(self, drawn.astype(self._data.dtype, copy=False))
-    return self
+    return _fill(self, drawn.astype(self._data.dtype, copy=False))
 
 
 def random_(
@@ -142,8 +144,6 @@ def random_(
     """Fill with integers: in [low, high), in [0, low), or over the dtype's range. Source: torch."""
     source = source_of(generator)
     if low is None:
-        write(self, source.random(self._data.shape, self.dtype))
-    else:
-        start, stop = (0, low) if high is None else (low, high)
-        write(self, source.randint(start, stop, self._data.shape, self.dtype))
-    return self
+        return _fill(self, source.random(self._data.shape, self.dtype))
+    start, stop = (0, low) if high is None else (low, high)
+    return _fill(self, source.randint(start, stop, self._data.shape, self.dtype))

@@ -46,14 +46,17 @@ def _samples(**attrs: Any) -> Any:
 # --- sums and means ----------------------------------------------------------------------------
 
 
-def total(x: np.ndarray, dim: tuple[int, ...], keepdim: bool) -> np.ndarray:
+_add_up: Any = np.add.reduce  # its stubs do not know a bool variable for keepdims
+
+
+def total(x: Any, dim: tuple[int, ...], keepdim: bool) -> Any:
     """The sum in the array's dtype, of 16-bit floats added up in float32; of integers int64."""
     if x.dtype.kind in "biu":
-        return np.add.reduce(x, axis=dim, dtype=np.int64, keepdims=keepdim)  # type: ignore[no-any-return]
+        return _add_up(x, axis=dim, dtype=np.int64, keepdims=keepdim)
     if x.dtype.itemsize == 2:
-        wide = np.add.reduce(x, axis=dim, dtype=np.float32, keepdims=keepdim)
+        wide = _add_up(x, axis=dim, dtype=np.float32, keepdims=keepdim)
         return np.asarray(wide).astype(x.dtype)
-    return np.add.reduce(x, axis=dim, keepdims=keepdim)  # type: ignore[no-any-return]
+    return _add_up(x, axis=dim, keepdims=keepdim)
 
 
 _sum = define(
@@ -84,12 +87,12 @@ def count_of(shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
     return math.prod([shape[a] for a in axes])
 
 
-def _mean_forward(x: np.ndarray, *, dim: tuple[int, ...], keepdim: bool) -> np.ndarray:
+def _mean_forward(x: Any, *, dim: tuple[int, ...], keepdim: bool) -> Any:
     count = count_of(x.shape, dim) or math.nan
     if x.dtype.itemsize == 2:
-        wide = np.add.reduce(x, axis=dim, dtype=np.float32, keepdims=keepdim)
+        wide = _add_up(x, axis=dim, dtype=np.float32, keepdims=keepdim)
         return np.asarray(wide / count).astype(x.dtype)
-    return np.add.reduce(x, axis=dim, keepdims=keepdim) / count  # type: ignore[no-any-return]
+    return _add_up(x, axis=dim, keepdims=keepdim) / count
 
 
 def _mean_vjp(n: Any, g: Any) -> Any:
@@ -124,7 +127,7 @@ def var(
 ) -> Any:  # fmt: skip
     """The variance over `dim`, divided by count - correction (1 unless said). Source: torch.var."""
     if isinstance(dim, bool):  # var(unbiased)
-        dim, unbiased = None, dim
+        return var(input, None, dim, keepdim, correction=correction)
     if array_of(input).dtype.kind in "biu":
         raise RuntimeError("std and var only support floating point and complex dtypes")
     axes = axes_of(dim, input.ndim)

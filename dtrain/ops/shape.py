@@ -169,7 +169,7 @@ def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
     return tuple([order.index(i) for i in range(len(order))])
 
 
-_permute = define(
+_permute: Any = define(
     "permute", lambda x, *, dims: x.transpose(dims), inputs="x", view=True,
     vjp=lambda n, g: (_permute(g, dims=_inverse(n.dims)),),
     sample=lambda: [((_rand(2, 3, 4),), {"dims": (2, 0, 1)})],

@@ -31,6 +31,8 @@ PROGRAMS = {
     "select": "b.select(1, 0).zero_(); (b * b).sum().backward(); out += [a.grad]",
     "plain base becomes part": "v = data[0]; data.mul_(w); out += [v.requires_grad]\n"
     "(v * 2).sum().backward(); out += [w.grad, v.is_leaf]",
+    "seen without recording": "v = data[0]; data.mul_(w)\nwith torch.no_grad():\n"
+    "    out += [v.requires_grad, v.is_leaf]\n(v * 2).sum().backward(); out += [w.grad]",
     "plain view becomes part": "v = data[0]; v.mul_(w); out += [data.requires_grad]\n"
     "(data * data).sum().backward(); out += [w.grad]",
     "sister becomes part": "v, u = data[0], data[:, 1]; v.mul_(w); out += [u.requires_grad]\n"
