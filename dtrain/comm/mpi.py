@@ -28,7 +28,7 @@ from dtrain.errors import CollectiveTimeout, DistBackendError, GroupAborted
 
 __all__ = ["MpiGroup"]
 
-_LOOKS = 200  # before the first sleep: a small call is complete by then
+_LOOKS = 200  # before the first sleep; with 20 of them 4 bytes took 420 us instead of 70, 2 ranks
 _FIRST_SLEEP, _LAST_SLEEP = 2e-5, 1e-3  # seconds, doubling
 
 
