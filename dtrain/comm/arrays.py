@@ -6,7 +6,7 @@ sent; behind it, arrays are trusted.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,12 @@ def dtype_name(dtype: np.dtype[Any]) -> str:
 
 def describe(array: Array) -> str:
     """An array in words: float32[2, 3]."""
-    return f"{dtype_name(array.dtype)}[{str(array.shape)[1:-1].removesuffix(',')}]"
+    return _described(array.dtype, array.shape)
+
+
+@lru_cache(maxsize=4096)
+def _described(dtype: np.dtype[Any], shape: tuple[int, ...]) -> str:
+    return f"{dtype_name(dtype)}[{str(shape)[1:-1].removesuffix(',')}]"
 
 
 def check_array(array: Array | None, what: str, *, writable: bool) -> Array:

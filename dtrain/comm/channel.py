@@ -209,18 +209,16 @@ class Channel:
         """
         window = self.window
         assert window is not None
-        halves = window.next_half()
-        nbytes = math.prod(shape) * like.itemsize
-        assert nbytes <= HALF
+        count, dtype = math.prod(shape), like.dtype
+        assert count * like.itemsize <= HALF
+        shown = [np.ndarray(shape, dtype, half) for half in window.next_half()]
         if own is not None:
-            np.copyto(halves[self.rank][:nbytes].view(like.dtype).reshape(shape), own)
+            np.copyto(shown[self.rank], own)
+            shown[self.rank] = own
         if self._met:
             self.phase()
         else:
             self.meet()
-        shown = [half[:nbytes].view(like.dtype).reshape(shape) for half in halves]
-        if own is not None:
-            shown[self.rank] = own
         return shown
 
     def show_again(self, own: Array, changed: slice) -> None:

@@ -129,7 +129,7 @@ def combine(op: ReduceOp, contributions: Sequence[Array], out: Array) -> None:
     # errstate: overflow and NaN are the user's values, reported by his own code and not by a
     # warning from here.
     with np.errstate(all="ignore"):
-        if out.dtype == _FLOAT16 or out.dtype == _BFLOAT16:
+        if out.itemsize == 2 and out.dtype in (_FLOAT16, _BFLOAT16):
             wide = [np.asarray(c, _FLOAT32) for c in contributions]
             total = np.empty(out.shape, _FLOAT32)
             _combine(op, wide, total)
@@ -143,7 +143,8 @@ def _combine(op: ReduceOp, contributions: Sequence[Array], out: Array) -> None:
     if op.factor is not None:
         contributions = [np.multiply(c, out.dtype.type(op.factor)) for c in contributions]
     total = contributions[0]
-    spoil = any(np.may_share_memory(c, out) for c in contributions[2:])
+    many = len(contributions) > 2
+    spoil = many and any(np.may_share_memory(c, out) for c in contributions[2:])
     for k, contribution in enumerate(contributions[1:], start=2):
         target = out if k == len(contributions) or not spoil else contributions[0]
         total = ufunc(total, contribution, out=target)

@@ -74,6 +74,9 @@ def _pieces(count: int, itemsize: int, limit: int) -> Iterator[slice]:
 
 def all_reduce(channel: Channel, buf: Array, op: ReduceOp) -> None:
     flat = buf.reshape(-1)
+    if buf.nbytes <= LOOKED_UP:
+        _combine_read_only(op, channel.share(flat, flat.shape, flat), flat)
+        return
     places = _places(channel, flat, flat.nbytes)
     if NOWHERE not in places:
         _all_reduce_in_place(channel, _in_place(channel, places, flat), op)
@@ -81,9 +84,9 @@ def all_reduce(channel: Channel, buf: Array, op: ReduceOp) -> None:
     for piece in _pieces(flat.size, flat.itemsize, HALF):
         part = flat[piece]
         shown = channel.share(part, part.shape, flat)
-        if channel.size == 2 or part.nbytes <= LOOKED_UP:
-            # Everybody adds everything: one pass and one phase less than slices.
-            _combine_read_only(op, shown, part)
+        if channel.size == 2:
+            # Both add everything: one pass and one phase less than slices.
+            combine(op, shown, part)
         else:
             _reduce_slices(channel, shown, part, op)
 
@@ -134,7 +137,7 @@ def reduce(channel: Channel, buf: Array, root: int, op: ReduceOp) -> None:
 
 def _combine_read_only(op: ReduceOp, arrays: Sequence[Array], out: Array) -> None:
     """As `combine`, for arrays that others read too: it must not use them as scratch."""
-    if any(np.may_share_memory(array, out) for array in arrays[2:]):
+    if len(arrays) > 2 and any(np.may_share_memory(array, out) for array in arrays[2:]):
         total = np.empty_like(out)
         combine(op, arrays, total)
         np.copyto(out, total)

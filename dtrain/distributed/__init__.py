@@ -19,6 +19,7 @@ from dtrain.comm.work import (
 from dtrain.distributed.backend import (
     Backend as Backend,
     BackendConfig as BackendConfig,
+    get_default_backend_for_device as get_default_backend_for_device,
     is_backend_available as is_backend_available,
     is_gloo_available as is_gloo_available,
     is_mpi_available as is_mpi_available,
@@ -40,6 +41,7 @@ from dtrain.distributed.collectives import (
     all_to_all_single as all_to_all_single,
     barrier as barrier,
     broadcast as broadcast,
+    empty as empty,
     gather as gather,
     gather_into_tensor as gather_into_tensor,
     gather_single as gather_single,

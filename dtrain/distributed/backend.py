@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from dtrain.comm.store.base import Store
 from dtrain.comm.store.memory import MemoryStore
@@ -46,6 +46,7 @@ class Backend(str):
     NCCL: ClassVar[str] = "nccl"
     MPI: ClassVar[str] = "mpi"
     LOCAL: ClassVar[str] = "local"
+    SHM: ClassVar[str] = "shm"
     ZMQ: ClassVar[str] = "zmq"
 
     def __new__(cls, name: str) -> Backend:
@@ -111,12 +112,13 @@ def transport_for(backend: str | None, store: Store) -> str:
     """The transport that a backend name means.
 
     None and torch's names mean ours: `local` for ranks that are threads of one process (their
-    store is in memory), `zmq` otherwise.
+    store is in memory), `shm` otherwise, whose ranks agree on messages alone (`zmq`) where they
+    cannot share memory.
     """
     name = None if backend is None else str(BackendConfig(backend).for_cpu())
     if name is not None and name not in ALIASES:
         return name
-    chosen = "local" if isinstance(_underlying(store), MemoryStore) else "zmq"
+    chosen = "local" if isinstance(_underlying(store), MemoryStore) else "shm"
     if name is not None:
         _log.info("backend %r: dtrain's own transport %r takes its place", name, chosen)
     return chosen
@@ -126,6 +128,14 @@ def _underlying(store: Store) -> Store:
     while isinstance(store, PrefixStore):
         store = store.underlying_store
     return store
+
+
+def get_default_backend_for_device(device: Any) -> str:
+    """The backend for "cpu" or a device object of it; ValueError for another one."""
+    name = str(getattr(device, "type", device)).partition(":")[0]
+    if name != "cpu":
+        raise ValueError(f"Default backend not registered for device : {device}")
+    return Backend.GLOO
 
 
 def is_backend_available(backend: str) -> bool:

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from dtrain import dtypes
+from dtrain.autograd.node import make
 from dtrain.comm import collectives as calls
 from dtrain.comm.monitored import MonitoredBarrier
 from dtrain.comm.reduce import ReduceOp
@@ -30,6 +32,7 @@ from dtrain.distributed.staging import (
 )
 from dtrain.distributed.work import seconds
 from dtrain.distributed.world import ProcessGroup, resolve
+from dtrain.ops.create import numpy_dtype, shape_of
 from dtrain.tensor import Tensor
 
 SAYING = 2.0  # seconds in which a monitored barrier's error must have reached all ranks
@@ -290,3 +293,13 @@ def monitored_barrier(group: Any = None, timeout: Any = None, wait_all_ranks: bo
     call = MonitoredBarrier(where.ranks, patience, wait_all_ranks)
     # Rank 0 decides: the others give it time to say who is missing.
     where.issue(call, timeout=patience + (SAYING if where.rank() else 0.0))
+
+
+def empty(*size: Any, dtype: dtypes.dtype | None = None, group: Any = None) -> Tensor:
+    """An uninitialised tensor in memory that the ranks of `group` share, where they share a host.
+
+    Collectives of that group on such tensors copy nothing. It is an ordinary tensor in all else,
+    and where there is no such memory. Its memory is used again when it and its views are gone.
+    Each rank gets its own; nothing waits. Not in torch.
+    """
+    return make(resolve(group).arrays.empty(shape_of(size), numpy_dtype(dtype)))  # type: ignore[no-any-return]

@@ -59,9 +59,9 @@ def init_process_group(
     Either `store` with `rank` and `world_size`, or an `init_method` URL (default `env://`). All
     ranks must call it; it blocks until they have, at most `timeout` (timedelta or seconds,
     default 30 minutes, which is also the default deadline of every collective).
-    `backend`: None, "zmq", "local" or a registered one; "gloo" and "nccl" are taken as names for
-    ours, and of "cpu:gloo,cuda:nccl" the CPU's part counts. "mpi" takes rank and world size from
-    mpiexec and needs neither store nor URL.
+    `backend`: None, "shm", "zmq", "local" or a registered one; "gloo" and "nccl" are taken as names
+    for ours, and of "cpu:gloo,cuda:nccl" the CPU's part counts. "mpi" takes rank and world size
+    from mpiexec and needs neither store nor URL.
     `group_name`, `pg_options` and `device_id` are accepted and change nothing.
 
     ValueError when called twice or when rank, world size or address are missing.
@@ -111,7 +111,8 @@ def _join_store(
             store.close()
         raise
     world.store, world.owns_store = store, owned
-    return arrays, transport if backend is None else str(BackendConfig(backend).for_cpu())
+    asked = None if backend is None else str(BackendConfig(backend).for_cpu())
+    return arrays, asked or arrays.transport.name
 
 
 def _join_mpi(rank: int, world_size: int, patience: float) -> MpiGroup:

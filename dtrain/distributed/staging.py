@@ -163,12 +163,13 @@ def submit(
         inputs=landing.inputs,
         outputs=landing.tensors,
     )
+    if not async_op and not batched:
+        landing.finish()
+        return None
     handle = Work(work, landing.tensors, landing.finish)
     if batched:
         assert batch is not None
         batch.works.append(handle)
-    elif not async_op:
-        handle.wait()
     return handle if async_op else None
 
 

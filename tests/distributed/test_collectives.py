@@ -123,7 +123,7 @@ def check_async():
         check_async,
     ],
 )
-@pytest.mark.parametrize("transport", ["local", "zmq"])
+@pytest.mark.parametrize("transport", ["local", "shm", "zmq"])
 def test_values(check, transport):
     run_distributed(N, check, transport=transport)
 
@@ -166,7 +166,7 @@ def test_a_tensor_in_a_graph_is_warned_about():
     run_distributed(2, check_graph_warning)
 
 
-@pytest.mark.parametrize("transport", ["local", "zmq"])
+@pytest.mark.parametrize("transport", ["local", "shm", "zmq"])
 @pytest.mark.parametrize(
     ("first", "second"),
     [
@@ -210,7 +210,7 @@ def check_monitored_barrier():
 come = threading.Barrier(4, timeout=20)
 
 
-@pytest.mark.parametrize("transport", ["local", "zmq"])
+@pytest.mark.parametrize("transport", ["local", "shm", "zmq"])
 def test_monitored_barrier_names_who_did_not_come(transport):
     run_distributed(4, check_monitored_barrier, transport=transport)
 
@@ -234,3 +234,18 @@ def check_monitored_barrier_and_deaths():
 
 def test_monitored_barrier_and_ranks_that_are_gone():
     run_distributed(3, check_monitored_barrier_and_deaths)
+
+
+def _shared_memory():
+    x = dist.empty(3, 50_000, dtype=torch.float64)
+    assert (x.shape, x.dtype, x.requires_grad) == ((3, 50_000), torch.float64, False)
+    assert dist.empty((2, 2)).dtype == torch.float32
+    x.fill_(dist.get_rank() + 1)
+    dist.all_reduce(x[1:])
+    window = dist.group.WORLD.arrays.transport.window
+    return [x[0, 0].item(), x[2, 9].item(), window.place_of(x._data) >= 0]
+
+
+def test_empty_lives_in_memory_that_the_ranks_share():
+    results = run_distributed(2, _shared_memory, transport="shm")
+    assert results == [[1.0, 3.0, True], [2.0, 3.0, True]]

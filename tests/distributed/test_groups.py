@@ -12,6 +12,7 @@ import pytest
 
 import dtrain as torch
 import dtrain.distributed as dist
+from dtrain.comm.transports import futex
 from dtrain.distributed.world import own_world
 from dtrain.testing.distributed import run_distributed
 
@@ -57,6 +58,19 @@ def test_env_names_the_missing_variable(monkeypatch, name):
     monkeypatch.delenv(name)
     with own_world(), pytest.raises(ValueError, match=f"environment variable {name} expected"):
         dist.init_process_group()
+
+
+def test_processes_of_one_host_share_memory_by_default(tmp_path):
+    """As separate processes would meet: in a file, without a backend's name."""
+
+    def rank(r):
+        dist.init_process_group(init_method=f"file://{tmp_path}/m", rank=r, world_size=2, timeout=9)
+        ours = "shm" if futex.AVAILABLE else "zmq"
+        assert dist.get_backend() == ours
+        assert dist.get_backend(dist.new_group([1, 0])) == ours
+        dist.destroy_process_group()
+
+    in_threads(2, rank)
 
 
 def test_store_init_and_twice():

@@ -15,9 +15,9 @@ last read after phase p-2, and its readers have announced p-1 since.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import math
-import mmap
 import os
 import select
 import warnings
@@ -92,7 +92,7 @@ class Window:
         maps = [_map(descriptor) for descriptor in descriptors]
         self._own_map = maps[rank]
         self._bytes = [np.frombuffer(m, np.uint8) for m in maps]
-        self._control = [memoryview(m)[:_PAGE].cast("q") for m in maps]
+        self._control = [m[:_PAGE].cast("q") for m in maps]
         self._own = self._control[rank]
         self._others = [(r, c) for r, c in enumerate(self._control) if r != rank]
         self._addresses = [int(b.ctypes.data) for b in self._bytes]
@@ -261,6 +261,14 @@ class Window:
             os.close(descriptor)
 
 
-def _map(descriptor: int) -> mmap.mmap:
-    """The whole file; no memory is set aside for it."""
-    return mmap.mmap(descriptor, os.fstat(descriptor).st_size)
+def _map(descriptor: int) -> memoryview:
+    """The whole file; no memory is set aside for it.
+
+    It is unmapped when nothing refers to it any more, views of it included. (`mmap.mmap` would hold
+    a descriptor as long.)
+    """
+    length = os.fstat(descriptor).st_size
+    address = futex.map_shared(descriptor, length)
+    mapped = (ctypes.c_ubyte * length).from_address(address)
+    weakref.finalize(mapped, futex.unmap, address, length).atexit = False
+    return memoryview(mapped).cast("B")
