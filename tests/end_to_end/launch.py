@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 
+# A user's interpreter keeps byte code; without it every rank would compile the package again.
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+
 
 class Ended(NamedTuple):
     """How a run ended: exit code, what it printed, and after how many seconds."""
@@ -30,7 +33,7 @@ def run(*command: object, timeout: float = 60, **environment: str) -> Ended:
         text=True,
         timeout=timeout,
         stdin=subprocess.DEVNULL,
-        env={**os.environ, **environment},
+        env={**ENVIRONMENT, **environment},
     )
     return Ended(done.returncode, done.stdout, done.stderr, time.monotonic() - begin)
 
