@@ -39,10 +39,16 @@ class TCPStore(TcpStore):
         patience = seconds(timeout) or DEFAULT_TIMEOUT
         super().__init__(host_name, port, is_master=is_master, timeout=patience)
         if world_size and wait_for_workers:
-            here = self.add("dtrain/workers", 1)
-            if here >= world_size:
-                self.set("dtrain/all_workers", b"1")
-            self.wait(["dtrain/all_workers"])
+            try:
+                self._await_workers(world_size)
+            except BaseException:
+                self.close()
+                raise
+
+    def _await_workers(self, world_size: int) -> None:
+        if self.add("dtrain/workers", 1) >= world_size:
+            self.set("dtrain/all_workers", b"1")
+        self.wait(["dtrain/all_workers"])
 
 
 class FileStore(_FileStore):
