@@ -35,6 +35,10 @@ def test_what_is_available():
     assert [dist.is_backend_available(n) for n in ("gloo", "ZMQ", "local", "nccl", "ucc")] == [
         *(True, True, True, False, False),
     ]
+    assert dist.get_default_backend_for_device("cpu") == "gloo"
+    assert dist.get_default_backend_for_device(torch.device("cpu")) == "gloo"
+    with pytest.raises(ValueError, match="not registered for device : cuda"):
+        dist.get_default_backend_for_device("cuda:0")
     assert dist.is_backend_available("mpi") == dist.is_mpi_available()
 
 
