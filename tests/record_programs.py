@@ -1,4 +1,4 @@
-"""Records what PyTorch makes of the programs of tests/autograd/programs.py and of tensors' texts."""
+"""Records what PyTorch makes of tests/autograd/programs.py, and the texts of tensors."""
 
 from __future__ import annotations
 

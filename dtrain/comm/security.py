@@ -134,7 +134,9 @@ def listen(socket: zmq.Socket[bytes], where: str = "ipc") -> Listener:
         raise DistNetworkError(
             f"cannot listen on {where}: {error.strerror}", address=where
         ) from error
-    return Listener(socket.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode(), directory)  # type: ignore[union-attr]
+    bound = socket.getsockopt(zmq.LAST_ENDPOINT)
+    assert isinstance(bound, bytes)
+    return Listener(bound.rstrip(b"\0").decode(), directory)
 
 
 def listen_nameless() -> socket_module.socket:

@@ -22,7 +22,8 @@ MAX_DEPTH = 64
 
 def encode(value: Any) -> bytes:
     """The bytes of `value`; TypeError names the part that is not plain data."""
-    return msgpack.packb(_plain(value, "object", 0), use_bin_type=True)  # type: ignore[no-any-return]
+    packed: bytes = msgpack.packb(_plain(value, "object", 0), use_bin_type=True)
+    return packed
 
 
 def decode(data: bytes) -> Any:

@@ -216,7 +216,7 @@ def _geometry(
         (p, _end(size, p, d * (k - 1) + 1, s, ceil_mode))
         for size, p, k, d, s in zip((height, width), padding, kernel, dilation, stride, strict=True)
     ]
-    geometry = Geometry(image, kernel, stride, (edges[0], edges[1]), dilation, 1)  # type: ignore[arg-type]
+    geometry = Geometry(image, kernel, stride, (edges[0], edges[1]), dilation, 1)
     if min(geometry.out) < 1:
         given, made = ("x".join(map(str, size)) for size in (image, (image[0], *geometry.out)))
         raise RuntimeError(

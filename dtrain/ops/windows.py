@@ -41,12 +41,12 @@ class Geometry:
     @cached_property
     def reach(self) -> Pair:
         """The pixels from the first to the last that one window touches."""
-        return tuple(d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True))  # type: ignore[return-value]
+        return tuple(d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True))
 
     @cached_property
     def out(self) -> Pair:
         sizes = zip(self.padded, self.reach, self.stride, strict=True)
-        return tuple((size - reach) // step + 1 for size, reach, step in sizes)  # type: ignore[return-value]
+        return tuple((size - reach) // step + 1 for size, reach, step in sizes)
 
     @property
     def pointwise(self) -> bool:
