@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 # Above this many bytes a phase more, to learn where arrays live, costs less than a copy.
-LOOKED_UP = 16 * 1024
+LOOKED_UP = 64 * 1024
 
 # Bytes of one step of a sum: what is read and written by it stays in the caches of one core.
 _STEP = 256 * 1024

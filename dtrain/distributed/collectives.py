@@ -302,4 +302,5 @@ def empty(*size: Any, dtype: dtypes.dtype | None = None, group: Any = None) -> T
     and where there is no such memory. Its memory is used again when it and its views are gone.
     Each rank gets its own; nothing waits. Not in torch.
     """
-    return make(resolve(group).arrays.empty(shape_of(size), numpy_dtype(dtype)))  # type: ignore[no-any-return]
+    tensor: Tensor = make(resolve(group).arrays.empty(shape_of(size), numpy_dtype(dtype)))
+    return tensor

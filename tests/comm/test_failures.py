@@ -302,9 +302,11 @@ def test_abort_wakes_a_rank_that_waits(transport):
 def test_queued_work_fails_with_the_first_failure_as_its_cause(transport):
     def queue(group):
         if group.rank == 1:
+            group.submit(Recv(zeros(), 0))  # all three are queued there
             works = [group.submit(c.AllReduce(zeros(5)), async_op=True)]
         else:
             works = [group.submit(c.AllReduce(zeros(4)), async_op=True) for _ in range(3)]
+            group.submit(Send(zeros(), 1))
         with pytest.raises(CollectiveMismatch):
             works[0].wait()
         assert not works[0].is_success()
