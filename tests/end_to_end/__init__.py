@@ -1,0 +1,1 @@
+"""Tests of whole runs: examples under dtrun, faults, start-up, golden losses."""
