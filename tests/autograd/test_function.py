@@ -299,9 +299,7 @@ def test_missing_methods_and_wrong_savings_say_so():
         Empty.apply(leaf())
     with pytest.raises(NotImplementedError, match="either the backward or vjp method"):
         Half.apply(leaf()).sum().backward()
-    with pytest.raises(
-        TypeError, match="can only save variables, but argument 1"
-    ):
+    with pytest.raises(TypeError, match="can only save variables, but argument 1"):
         Saves.apply(leaf())
 
 
