@@ -7,6 +7,8 @@ and classes of the main script travel by value, so that the script is not run ag
 
 from __future__ import annotations
 
+import functools
+import io
 import os
 import pickle
 import queue
@@ -18,6 +20,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -47,13 +50,31 @@ class Job:
 
 def encode(message: Any) -> list[Any]:
     """The frames of a message: sizes of the buffers and the pickle, then the buffers."""
-    import cloudpickle
-
     buffers: list[pickle.PickleBuffer] = []
-    body = cloudpickle.dumps(message, protocol=5, buffer_callback=buffers.append)
+    body = io.BytesIO()
+    _pickler()(body, protocol=5, buffer_callback=buffers.append).dump(message)
     raw = [buffer.raw() for buffer in buffers]
     sizes = struct.pack(f"<{len(raw) + 1}Q", len(raw), *(part.nbytes for part in raw))
-    return [sizes + body, *raw]
+    return [sizes + body.getvalue(), *raw]
+
+
+@functools.cache
+def _pickler() -> type[pickle.Pickler]:
+    """cloudpickle's, but code keeps the name of its file (3.1.3 drops it): tracebacks need it."""
+    import cloudpickle
+
+    base = cloudpickle.Pickler
+    by_value = base.dispatch_table[CodeType]
+
+    def reduce_code(code: CodeType) -> Any:
+        return _code_of_file, (code.co_filename, *by_value(code))
+
+    table = {CodeType: reduce_code}
+    return type("Pickler", (base,), {"dispatch_table": base.dispatch_table.new_child(table)})
+
+
+def _code_of_file(name: str, make: Callable[..., CodeType], parts: tuple[Any, ...]) -> CodeType:
+    return make(*parts).replace(co_filename=name)
 
 
 def send(pipe: Connection, frames: list[Any]) -> None:
