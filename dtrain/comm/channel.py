@@ -9,18 +9,15 @@ what this rank is waiting in.
 
 from __future__ import annotations
 
-import math
 import time
 from functools import lru_cache
 from hashlib import blake2b
 from typing import Protocol
 
-import numpy as np
-
 from dtrain.comm.record import CallRecord
 from dtrain.comm.transports.base import Transport
 from dtrain.comm.transports.mailbox import Array, Receive
-from dtrain.comm.transports.window import HALF, NOWHERE
+from dtrain.comm.transports.window import NOWHERE
 from dtrain.errors import DistError, TransportTimeout
 
 __all__ = ["Channel", "Watcher", "note_of", "read_note"]
@@ -209,12 +206,10 @@ class Channel:
         """
         window = self.window
         assert window is not None
-        count, dtype = math.prod(shape), like.dtype
-        assert count * like.itemsize <= HALF
-        shown = [np.ndarray(shape, dtype, half) for half in window.next_half()]
+        shown = window.next_half_as(shape, like.dtype)
         if own is not None:
-            np.copyto(shown[self.rank], own)
-            shown[self.rank] = own
+            shown[self.rank][...] = own
+            shown = [*shown[: self.rank], own, *shown[self.rank + 1 :]]
         if self._met:
             self.phase()
         else:

@@ -55,7 +55,7 @@ class _Job:
     call: Collective
     record: CallRecord
     timeout: float
-    work: Work
+    work: Work | None  # None: the caller runs it himself
 
 
 class ProcessGroup:
@@ -130,17 +130,20 @@ class ProcessGroup:
             self._check_open(signature)
             record = CallRecord(self.name, self._next_seq, signature, site)
             self._next_seq += 1
-            job = _Job(call, record, timeout, Work(record, call.output))
             at_once = not async_op and self._running is None and not self._queue
+            work = Work(record, call.output, done=at_once)
+            job = _Job(call, record, timeout, None if at_once else work)
             if at_once:
                 self._running = job
             else:
                 self._enqueue(job)
         if at_once:
-            self._run(job)
-        if not async_op:
-            job.work.wait()
-        return job.work
+            error = self._run(job)
+            if error is not None:
+                raise error
+        elif not async_op:
+            work.wait()
+        return work
 
     def _check_open(self, what: str) -> None:
         if self._failure is not None:
@@ -175,13 +178,15 @@ class ProcessGroup:
                 job = self._running = self._queue.popleft()
             self._run(job)
 
-    def _run(self, job: _Job) -> None:
+    def _run(self, job: _Job) -> BaseException | None:
         error = self._execute(job)
         with self._lock:
             self._running = None
             if self._thread is not None or self._closed:  # nobody else waits for that
                 self._changed.notify_all()
-        job.work.finish(error)
+        if job.work is not None:
+            job.work.finish(error)
+        return error
 
     def _execute(self, job: _Job) -> BaseException | None:
         """Carry out one collective; whatever goes wrong becomes the failure of the group."""

@@ -11,6 +11,7 @@ as torch's gloo backend does.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextvars import Context
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -126,20 +127,30 @@ def combine(op: ReduceOp, contributions: Sequence[Array], out: Array) -> None:
     caller's to spoil. Each step is one NumPy call with `out=`, which releases the GIL when it is
     large.
     """
-    # errstate: overflow and NaN are the user's values, reported by his own code and not by a
-    # warning from here.
-    with np.errstate(all="ignore"):
-        if out.itemsize == 2 and out.dtype in (_FLOAT16, _BFLOAT16):
-            wide = [np.asarray(c, _FLOAT32) for c in contributions]
-            total = np.empty(out.shape, _FLOAT32)
-            _combine(op, wide, total)
-            np.copyto(out, total, casting="same_kind")
-        else:
-            _combine(op, contributions, out)
+    if out.itemsize == 2 and out.dtype in (_FLOAT16, _BFLOAT16):
+        _quiet.copy().run(_combine_wide, op, contributions, out)
+    else:
+        _quiet.copy().run(_combine, op, contributions, out)
+
+
+# Overflow and NaN are the user's values, reported by his own code and not by a warning from here.
+# NumPy keeps its error state in a context variable: a copy of a context in which it is set costs
+# 0.2 us, np.errstate 0.9 us.
+_quiet = Context()
+_quiet.run(np.seterr, all="ignore")
+
+
+def _combine_wide(op: ReduceOp, contributions: Sequence[Array], out: Array) -> None:
+    total = np.empty(out.shape, _FLOAT32)
+    _combine(op, [np.asarray(c, _FLOAT32) for c in contributions], total)
+    np.copyto(out, total, casting="same_kind")
 
 
 def _combine(op: ReduceOp, contributions: Sequence[Array], out: Array) -> None:
     ufunc = _UFUNCS[op.name]
+    if op.name == "SUM" and len(contributions) == 2:
+        ufunc(*contributions, out)
+        return
     if op.factor is not None:
         contributions = [np.multiply(c, out.dtype.type(op.factor)) for c in contributions]
     total = contributions[0]

@@ -197,19 +197,27 @@ def gather(channel: Channel, inp: Array, out: Array | None, root: int) -> None:
 def broadcast(channel: Channel, buf: Array, root: int) -> None:
     flat = buf.reshape(-1)
     here = channel.rank == root
-    window = channel.window
-    assert window is not None
-    place = _places(channel, flat if here else None, flat.nbytes)[root]
-    if place != NOWHERE:
-        if not here:
-            np.copyto(flat, window.at(root, place, flat))
-        channel.phase()
+    places = _places(channel, flat, flat.nbytes)
+    if NOWHERE not in places:
+        _spread(channel, _in_place(channel, places, flat), root)
         return
     for piece in _pieces(flat.size, flat.itemsize, HALF):
         part = flat[piece]
         shown = channel.share(part if here else None, part.shape, flat)
         if not here:
             np.copyto(part, shown[root])
+
+
+def _spread(channel: Channel, arrays: Sequence[Array], root: int) -> None:
+    """Each rank, the root too, copies one slice of the root's array into those of all others."""
+    source = arrays[root]
+    mine = slices(source.size, channel.size)[channel.rank]
+    for piece in _pieces(mine.stop - mine.start, source.itemsize, _STEP):
+        here = slice(mine.start + piece.start, mine.start + piece.stop)
+        for rank, array in enumerate(arrays):
+            if rank != root:
+                array[here] = source[here]
+    channel.phase()
 
 
 def scatter(channel: Channel, inp: Array | None, out: Array, root: int) -> None:

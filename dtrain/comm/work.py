@@ -132,19 +132,24 @@ class Future(Generic[T]):
 class Work:
     """One submitted call. Returned by `ProcessGroup.submit`; complete it with `wait`.
 
-    `what` names the call in errors (by `str`, when one is raised).
+    `what` names the call in errors (by `str`, when one is raised). A call that is complete already
+    (`done`) has a future only when somebody asks for it.
     """
+
+    __slots__ = ("_future", "_output", "_source", "what")
 
     def __init__(
         self,
         what: object,
         output: Array | None,
         drive: Callable[[float | None], None] | None = None,
+        *,
+        done: bool = False,
     ) -> None:
         self.what = what
         self._output = output
         # Point-to-point calls move on while somebody waits for them.
-        self._future: Future[Array | None] = Future(drive)
+        self._future: Future[Array | None] | None = None if done else Future(drive)
         self._source: int | None = None
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -153,6 +158,8 @@ class Work:
         `timeout` (seconds) bounds this wait alone: when it passes, `CollectiveTimeout` is raised
         and the call goes on. Without it the timeout of the call itself bounds the wait.
         """
+        if self._future is None:
+            return True
         try:
             self._future.wait(timeout)
         except TimeoutError:
@@ -167,15 +174,15 @@ class Work:
 
     def is_completed(self) -> bool:
         """Whether it has finished, well or not; does not block."""
-        return self._future.done()
+        return self._future is None or self._future.done()
 
     def is_success(self) -> bool:
         """Whether it has finished well."""
-        return self.is_completed() and self._future.exception() is None
+        return self.is_completed() and self.exception() is None
 
     def exception(self) -> BaseException | None:
         """Why it failed, or None."""
-        return self._future.exception()
+        return None if self._future is None else self._future.exception()
 
     def result(self) -> Array | None:
         """The array that the call left its result in (None where it has none); waits."""
@@ -191,10 +198,15 @@ class Work:
 
     def get_future(self) -> Future[Array | None]:
         """A future of `result()`."""
+        if self._future is None:
+            complete: Future[Array | None] = Future()
+            complete.set_result(self._output)
+            self._future = complete
         return self._future
 
     def finish(self, error: BaseException | None = None, source: int | None = None) -> None:
         """Complete the work; for the group alone."""
+        assert self._future is not None
         self._source = source
         if error is not None:
             self._future.set_exception(error)
