@@ -20,6 +20,8 @@ from pathlib import Path
 import zmq
 from zmq.utils.garbage import GarbageCollectorThread
 
+from dtrain.testing import processes
+
 __all__ = ["LeakError", "check_leaks", "snapshot"]
 
 
@@ -28,7 +30,10 @@ class LeakError(AssertionError):
 
 
 def snapshot() -> dict[str, str]:
-    """{what: description} of everything this process holds that can leak."""
+    """{what: description} of everything this process holds that can leak.
+
+    The fork server of process ranks is no leak: it is started once and ends with this process.
+    """
     held: dict[str, str] = {}
     for thread in threading.enumerate():
         if not isinstance(thread, GarbageCollectorThread):
@@ -36,8 +41,9 @@ def snapshot() -> dict[str, str]:
     for task in os.listdir("/proc/self/task"):
         with suppress(FileNotFoundError):  # a thread that has just ended
             for child in Path(f"/proc/self/task/{task}/children").read_text().split():
-                held[f"process {child}"] = ""
-    for fd in os.listdir("/proc/self/fd"):
+                if int(child) != processes.own_process():
+                    held[f"process {child}"] = ""
+    for fd in set(os.listdir("/proc/self/fd")) - set(map(str, processes.own_descriptors())):
         with suppress(FileNotFoundError):  # the one that listed the directory
             held[f"descriptor {fd}"] = os.readlink(f"/proc/self/fd/{fd}")
     # Names carry the process id: other jobs on this machine are not ours to judge.

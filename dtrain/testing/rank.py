@@ -1,8 +1,7 @@
-"""One rank of `run_world(processes=True)`: `python -m dtrain.testing.rank`, started by `world`
-only.
+"""One rank of `run_world(processes=True)`, in a process forked by `fork_server`.
 
-Reads its task as msgpack from standard input, runs the function, and writes [value, error,
-traceback, time] as msgpack to what was standard output; what the function prints goes to standard
+Owns: `run`, which reads its task as msgpack from a letter, runs the function, and writes [value,
+error, traceback, time] into the letter in its place. What the function prints goes to standard
 error.
 """
 
@@ -23,17 +22,38 @@ from dtrain.comm.store.tcp import TcpStore
 from dtrain.errors import DistError, to_wire
 from dtrain.wire import dumps, loads
 
+_LENGTH = 8  # bytes before the text of a letter, which say how long it is
 
-def main() -> None:
-    """Run one task."""
-    task = loads(sys.stdin.buffer.read())
-    report_to = os.dup(1)
-    os.dup2(2, 1)
+
+def run(letter: int) -> int:
+    """Do the task in `letter` and report; the exit status."""
+    task = loads(read_letter(letter))
+    os.ftruncate(letter, 0)
+    os.chdir(task["cwd"])
+    os.environ.clear()
+    os.environ.update(task["environ"])
+    sys.path[:] = task["path"]
     faulthandler.dump_traceback_later(task["timeout"], exit=True)
     report = _run(task)
     faulthandler.cancel_dump_traceback_later()
-    with os.fdopen(report_to, "wb") as out:
-        out.write(dumps(report))
+    write_letter(letter, dumps(report))
+    return 0
+
+
+def read_letter(letter: int) -> bytes:
+    """The text of a letter; empty while there is none, or only a part of it."""
+    size = int.from_bytes(os.pread(letter, _LENGTH, 0), "little")
+    with open(letter, "rb", closefd=False) as file:
+        file.seek(_LENGTH)
+        return file.read(size)
+
+
+def write_letter(letter: int, text: bytes) -> None:
+    """Write the text, then its length, which makes it valid."""
+    with open(letter, "wb", closefd=False) as file:
+        file.seek(_LENGTH)
+        file.write(text)
+    os.pwrite(letter, len(text).to_bytes(_LENGTH, "little"), 0)
 
 
 def _run(task: dict[str, Any]) -> list[Any]:
@@ -42,9 +62,10 @@ def _run(task: dict[str, Any]) -> list[Any]:
     A failure is dated before others hear of it.
     """
     try:
-        sys.path[:] = task["path"]
         function = _find(task["module"], task["file"], task["function"])
         with TcpStore("127.0.0.1", task["port"], timeout=task["timeout"]) as store:
+            if not task["group"]:
+                return [function(store, task["rank"], task["size"], *task["args"]), None, "", 0]
             group = _join(store, task)
             try:
                 return [function(group, *task["args"]), None, "", 0]
@@ -68,9 +89,8 @@ def _join(store: TcpStore, task: dict[str, Any]) -> ProcessGroup:
         store,
         task["rank"],
         task["size"],
-        transport=task["transport"],
         timeout=task["timeout"],
-        name=task["name"],
+        **task["group"],
     )
 
 
@@ -78,7 +98,3 @@ def _find(module: str, file: str | None, name: str) -> Any:
     if module == "__main__" and file is not None:
         return reduce(lambda at, part: at[part], name.split("."), runpy.run_path(file))
     return reduce(getattr, name.split("."), importlib.import_module(module))
-
-
-if __name__ == "__main__":
-    main()

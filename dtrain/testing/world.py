@@ -3,22 +3,22 @@ processes.
 
 Owns: starting the ranks, joining them under one deadline, saying which failed first, and the stacks
 of all ranks when the deadline passes. Nothing is left behind: threads are joined, processes killed.
-Process ranks import `fn` by its module and name, so it must be a module's function; its arguments
-and its result are msgpack data. Thread ranks run in a copy of the caller's context variables, each
+Process ranks are forked from a server that knows dtrain already (`processes`). They find `fn` by
+its module and name, so it must be a module's function; its arguments and its result are msgpack
+data. Thread ranks run in a copy of the caller's context variables, each
 in its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import itertools
-import signal
-import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from dtrain.comm.store.memory import MemoryStore
 from dtrain.comm.store.tcp import StoreServer
 from dtrain.comm.transports.base import Factory
 from dtrain.errors import from_wire
-from dtrain.wire import dumps, loads
+from dtrain.testing.processes import Process, how_ended
 
 __all__ = ["Outcome", "RankFailed", "run_ranks", "run_world"]
 
@@ -167,63 +167,56 @@ def _run_processes(
 ) -> list[Outcome]:
     if not isinstance(transport, str):
         raise TypeError("process ranks need the name of a transport")
-    server = StoreServer()
-    module = sys.modules[fn.__module__]
+    group = {"transport": transport, "name": name}
+    with started(size, fn, args, timeout=timeout, group=group) as ranks:
+        deadline = time.monotonic() + timeout + _LAST_WORDS
+        return _in_time([outcome_of(rank, ranks[rank], deadline) for rank in range(size)])
+
+
+@contextlib.contextmanager
+def started(
+    size: int,
+    fn: Callable[..., Any],
+    args: Sequence[Any],
+    *,
+    timeout: float,
+    group: dict[str, Any] | None,
+) -> Iterator[list[Process]]:
+    """Ranks as processes and a store for them; all is gone at the end of the block.
+
+    They run `fn(group, *args)`, or `fn(store, rank, size, *args)` when `group` is None.
+    """
     task = {
-        "path": sys.path,
         "module": fn.__module__,
-        "file": getattr(module, "__file__", None),
+        "file": getattr(sys.modules[fn.__module__], "__file__", None),
         "function": fn.__qualname__,
         "args": list(args),
         "size": size,
-        "port": server.port,
-        "transport": transport,
         "timeout": timeout,
-        "name": name,
+        "group": group,
     }
-    ranks = [_start(dumps({**task, "rank": rank})) for rank in range(size)]
+    with contextlib.ExitStack() as stack:
+        port = stack.enter_context(StoreServer()).port
+        ranks = []
+        for rank in range(size):
+            ranks.append(Process({**task, "rank": rank, "port": port}))
+            stack.callback(ranks[-1].close)
+        yield ranks
+
+
+def outcome_of(rank: int, process: Process, deadline: float) -> Outcome:
+    """How a rank ended; TimeoutError when it has not by `deadline`."""
     try:
-        return _await_processes(ranks, time.monotonic() + timeout + _LAST_WORDS)
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
-            assert process.stdout is not None
-            process.stdout.close()
-        server.close()
-
-
-def _start(task: bytes) -> subprocess.Popen[bytes]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dtrain.testing.rank"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert process.stdin is not None
-    process.stdin.write(task)
-    process.stdin.close()
-    return process
-
-
-def _await_processes(ranks: Sequence[subprocess.Popen[bytes]], deadline: float) -> list[Outcome]:
-    outcomes = []
-    for rank, process in enumerate(ranks):
-        try:
-            process.stdin = None  # already closed: communicate must not touch it
-            report, _ = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            raise TimeoutError(
-                f"rank {rank} (process {process.pid}) still runs; its stacks are on stderr"
-            ) from None
-        outcomes.append(_outcome(rank, process.returncode, report))
-    return _in_time(outcomes)
-
-
-def _outcome(rank: int, status: int, report: bytes) -> Outcome:
-    if not report:
-        how = signal.Signals(-status).name if status < 0 else f"exit code {status}"
-        return Outcome(rank, error=RankFailed(f"rank {rank} ended with {how}"), status=status)
-    value, error, trace, when = loads(report)
+        status = process.wait(deadline)
+    except TimeoutError:
+        raise TimeoutError(
+            f"rank {rank} (process {process.pid}) still runs; its stacks are on stderr"
+        ) from None
+    report = process.report()
+    if report is None:
+        error = RankFailed(f"rank {rank} ended with {how_ended(status)}")
+        return Outcome(rank, error=error, status=status)
+    value, error, trace, when = report
     outcome = Outcome(rank, value, status=status)
     if trace:
         outcome.error = from_wire(error) if error else RankFailed(trace)
