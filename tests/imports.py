@@ -38,7 +38,7 @@ COMM = (
     ("comm.window_algorithms",),
     ("comm.collectives", "comm.algorithms"),
     ("comm.agreement", "comm.monitored", "comm.point_to_point"),
-    ("comm.group", "comm.mpi", "comm.mpi_calls"),
+    ("comm.fake", "comm.group", "comm.mpi", "comm.mpi_calls"),
     ("comm",),
 )
 ABOVE = (

@@ -97,6 +97,8 @@ NAMES = {
         is_torchelastic_launched DeviceMesh init_device_mesh device_mesh nn
         DebugLevel get_debug_level set_debug_level set_debug_level_from_env breakpoint
         rank0_first rank0_section PreHookArgs PostHookArgs
+        shrink_group SHRINK_DEFAULT SHRINK_ABORT FakeStore allow_pickle default_pg_timeout
+        distributed_c10d
         DistError DistBackendError DistNetworkError DistStoreError QueueEmptyError""",
     "dtrain.distributed.nn": "functional all_reduce",
     "dtrain.distributed.nn.functional": """

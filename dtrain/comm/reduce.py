@@ -73,6 +73,7 @@ class ReduceOp:
     BAND: ClassVar[ReduceOp]
     BOR: ClassVar[ReduceOp]
     BXOR: ClassVar[ReduceOp]
+    RedOpType: ClassVar[type[ReduceOp]]  # torch's name for the kind of these values
 
     def __post_init__(self) -> None:
         if self.name not in _UFUNCS:
@@ -88,6 +89,7 @@ class ReduceOp:
         return self.name if self.factor is None else f"{self.name}({self.factor!r})"
 
 
+ReduceOp.RedOpType = ReduceOp
 for _name in ("SUM", "AVG", "PRODUCT", "MIN", "MAX", "BAND", "BOR", "BXOR"):
     setattr(ReduceOp, _name, ReduceOp(_name))
 

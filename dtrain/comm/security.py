@@ -114,12 +114,15 @@ class Listener:
             self.directory = None
 
 
-def listen(socket: zmq.Socket[bytes], where: str = "ipc") -> Listener:
+def listen(
+    socket: zmq.Socket[bytes], where: str = "ipc", *, listen_fd: int | None = None
+) -> Listener:
     """Bind `socket`; with `listen_nameless` the only call of `bind` in the project.
 
     `where`: "ipc" for a unix socket in a fresh directory of mode 0700, or "tcp://HOST[:PORT]" with
-    a loopback host; port 0 (the default) takes a free one. Raises `DistNetworkError` for an address
-    that is taken or not allowed.
+    a loopback host; port 0 (the default) takes a free one. `listen_fd` is a socket that listens
+    there already, and stays the caller's. Raises `DistNetworkError` for an address that is taken or
+    not allowed.
     """
     directory = None
     if where == "ipc":
@@ -127,6 +130,8 @@ def listen(socket: zmq.Socket[bytes], where: str = "ipc") -> Listener:
         where = f"ipc://{directory}/{_SOCKET}"
     else:
         where = _loopback(where)
+    if listen_fd is not None:
+        socket.setsockopt(zmq.USE_FD, os.dup(listen_fd))  # libzmq closes its own
     try:
         socket.bind(where)
     except zmq.ZMQError as error:

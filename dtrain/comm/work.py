@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -136,7 +137,7 @@ class Work:
     (`done`) has a future only when somebody asks for it.
     """
 
-    __slots__ = ("_future", "_output", "_source", "what")
+    __slots__ = ("_future", "_output", "_source", "finished_at", "what")
 
     def __init__(
         self,
@@ -151,6 +152,7 @@ class Work:
         # Point-to-point calls move on while somebody waits for them.
         self._future: Future[Array | None] | None = None if done else Future(drive)
         self._source: int | None = None
+        self.finished_at: float | None = None  # by time.monotonic; not told of a call that was done
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until the call is complete; True, or its error.
@@ -207,7 +209,7 @@ class Work:
     def finish(self, error: BaseException | None = None, source: int | None = None) -> None:
         """Complete the work; for the group alone."""
         assert self._future is not None
-        self._source = source
+        self._source, self.finished_at = source, time.monotonic()
         if error is not None:
             self._future.set_exception(error)
         else:

@@ -33,6 +33,8 @@ from dtrain.distributed.coalescing import (
     all_reduce_coalesced as all_reduce_coalesced,
 )
 from dtrain.distributed.collectives import (
+    _all_gather_base as _all_gather_base,
+    _reduce_scatter_base as _reduce_scatter_base,
     all_gather as all_gather,
     all_gather_into_tensor as all_gather_into_tensor,
     all_gather_single as all_gather_single,
@@ -51,6 +53,9 @@ from dtrain.distributed.collectives import (
     reduce_scatter_single as reduce_scatter_single,
     reduce_scatter_tensor as reduce_scatter_tensor,
     scatter as scatter,
+)
+from dtrain.distributed.constants import (
+    default_pg_timeout as default_pg_timeout,
 )
 from dtrain.distributed.debugging import (
     DebugLevel as DebugLevel,
@@ -84,6 +89,7 @@ from dtrain.distributed.hooks import (
 )
 from dtrain.distributed.objects import (
     all_gather_object as all_gather_object,
+    allow_pickle as allow_pickle,
     broadcast_object_list as broadcast_object_list,
     gather_object as gather_object,
     recv_object_list as recv_object_list,
@@ -107,6 +113,7 @@ from dtrain.distributed.sections import (
     rank0_section as rank0_section,
 )
 from dtrain.distributed.stores import (
+    FakeStore as FakeStore,
     FileStore as FileStore,
     HashStore as HashStore,
     PrefixStore as PrefixStore,
@@ -114,8 +121,11 @@ from dtrain.distributed.stores import (
     TCPStore as TCPStore,
 )
 from dtrain.distributed.subgroups import (
+    SHRINK_ABORT as SHRINK_ABORT,
+    SHRINK_DEFAULT as SHRINK_DEFAULT,
     new_subgroups as new_subgroups,
     new_subgroups_by_enumeration as new_subgroups_by_enumeration,
+    shrink_group as shrink_group,
     split_group as split_group,
 )
 from dtrain.distributed.work import (
@@ -134,7 +144,7 @@ from dtrain.errors import (
     QueueEmptyError as QueueEmptyError,
 )
 
-_LAZY = ("nn", "device_mesh")
+_LAZY = ("nn", "device_mesh", "distributed_c10d")
 _LAZY_NAMES = ("DeviceMesh", "init_device_mesh")
 
 

@@ -45,6 +45,9 @@ class Backend(str):
     GLOO: ClassVar[str] = "gloo"
     NCCL: ClassVar[str] = "nccl"
     MPI: ClassVar[str] = "mpi"
+    UCC: ClassVar[str] = "ucc"
+    XCCL: ClassVar[str] = "xccl"
+    FAKE: ClassVar[str] = "fake"
     LOCAL: ClassVar[str] = "local"
     SHM: ClassVar[str] = "shm"
     ZMQ: ClassVar[str] = "zmq"
@@ -59,7 +62,7 @@ class Backend(str):
     @classmethod
     def names(cls) -> list[str]:
         """All names that `init_process_group` takes."""
-        return [*known(), *ALIASES, cls.MPI]
+        return [*known(), *ALIASES, cls.MPI, cls.FAKE]
 
     @classmethod
     def register_backend(
@@ -143,7 +146,7 @@ def is_backend_available(backend: str) -> bool:
     name = backend.lower()
     if name == Backend.MPI:
         return is_mpi_available()
-    return name in known() or name == Backend.GLOO
+    return name in known() or name in (Backend.GLOO, Backend.FAKE)
 
 
 def is_gloo_available() -> bool:

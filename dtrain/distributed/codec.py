@@ -1,12 +1,15 @@
 """Python objects as bytes without pickle: what object collectives send.
 
-Plain data only: None, bool, int, float, complex, str, bytes, list, tuple, dict (any of these as
-keys that msgpack can hash), set, NumPy arrays and scalars, Tensors. Reading bytes from another
-rank can therefore never run code. Anything else raises TypeError with the path to it.
+Plain data only: None, bool, int, float, complex, str, bytes, list, tuple, Size, dict and
+OrderedDict (any of these as keys that msgpack can hash), set, frozenset, NumPy arrays and scalars,
+Tensors, dtypes and devices. Reading bytes from another rank can therefore never run code. Anything
+else raises TypeError with the path to it.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import msgpack
@@ -14,10 +17,13 @@ import numpy as np
 
 from dtrain import dtypes
 from dtrain.autograd.node import make
-from dtrain.tensor import Tensor
+from dtrain.device import device
+from dtrain.tensor import Size, Tensor
 
 TUPLE, SET, ARRAY, TENSOR, COMPLEX, BIG_INT = range(6)
+FROZENSET, SIZE, ORDERED, DTYPE, DEVICE, SCALAR = range(6, 12)
 MAX_DEPTH = 64
+_MALFORMED = (ValueError, TypeError, KeyError, RuntimeError, OverflowError, msgpack.UnpackException)
 
 
 def encode(value: Any) -> bytes:
@@ -30,7 +36,7 @@ def decode(data: bytes) -> Any:
     """The value of `encode`'s bytes; ValueError on anything malformed."""
     try:
         return msgpack.unpackb(data, raw=False, strict_map_key=False, ext_hook=_unpack_extension)
-    except (ValueError, TypeError, msgpack.UnpackException) as error:
+    except _MALFORMED as error:
         raise ValueError(f"malformed object from another rank: {error}") from None
 
 
@@ -54,18 +60,33 @@ def _plain(value: Any, path: str, depth: int) -> Any:
             _plain(k, f"{path} key {k!r}", depth + 1): _plain(v, f"{path}[{k!r}]", depth + 1)
             for k, v in value.items()
         }
-    if kind is tuple:
-        return _extension(
-            TUPLE, [_plain(v, f"{path}[{i}]", depth + 1) for i, v in enumerate(value)]
-        )
-    if kind in (set, frozenset):
-        return _extension(SET, [_plain(v, f"{path} member", depth + 1) for v in value])
+    if kind in _SEQUENCES:
+        inner = [_plain(v, f"{path}[{i}]", depth + 1) for i, v in enumerate(value)]
+        return _extension(_SEQUENCES[kind], inner)
+    if kind in _SETS:
+        return _extension(_SETS[kind], [_plain(v, f"{path} member", depth + 1) for v in value])
+    if kind is OrderedDict:
+        pairs = [_plain(list(pair), f"{path} item", depth + 1) for pair in value.items()]
+        return _extension(ORDERED, pairs)
+    return _leaf(value, path)
+
+
+_SEQUENCES: dict[type, int] = {tuple: TUPLE, Size: SIZE}
+_SETS: dict[type, int] = {set: SET, frozenset: FROZENSET}
+
+
+def _leaf(value: Any, path: str) -> msgpack.ExtType:
+    kind = type(value)
     if kind is complex:
         return _extension(COMPLEX, [value.real, value.imag])
-    if isinstance(value, Tensor):
-        return _extension(TENSOR, _array_parts(value._data, path))
-    if isinstance(value, (np.ndarray, np.generic)):
-        return _extension(ARRAY, _array_parts(np.asarray(value), path))
+    if kind is dtypes.dtype:
+        return _extension(DTYPE, value.name)
+    if kind is device:
+        return _extension(DEVICE, str(value))
+    for code, base in ((TENSOR, Tensor), (ARRAY, np.ndarray), (SCALAR, np.generic)):
+        if isinstance(value, base):
+            array = value._data if isinstance(value, Tensor) else np.asarray(value)
+            return _extension(code, _array_parts(array, path))
     raise TypeError(
         f"{path}: a {kind.__module__}.{kind.__qualname__} cannot be sent to other ranks; send "
         "plain data (numbers, str, bytes, list, tuple, dict, set, arrays, tensors)"
@@ -81,16 +102,20 @@ def _array_parts(array: np.ndarray, path: str) -> list[Any]:
 
 def _unpack_extension(code: int, data: bytes) -> Any:
     value = msgpack.unpackb(data, raw=False, strict_map_key=False, ext_hook=_unpack_extension)
-    if code == TUPLE:
-        return tuple(value)
-    if code == SET:
-        return set(value)
-    if code == COMPLEX:
-        return complex(*value)
-    if code == BIG_INT:
-        return int(value)
-    if code in (ARRAY, TENSOR):
-        name, shape, raw = value
-        array = np.frombuffer(raw, dtypes.BY_NAME[name].numpy).reshape(shape).copy()
-        return make(array) if code == TENSOR else array
-    raise ValueError(f"unknown extension {code}")
+    if code not in _READERS:
+        raise ValueError(f"unknown extension {code}")
+    return _READERS[code](value)
+
+
+def _array(parts: list[Any]) -> np.ndarray:
+    name, shape, raw = parts
+    return np.frombuffer(raw, dtypes.BY_NAME[name].numpy).reshape(shape).copy()
+
+
+_READERS: dict[int, Callable[[Any], Any]] = {
+    **{TUPLE: tuple, SET: set, FROZENSET: frozenset, SIZE: Size, ORDERED: OrderedDict},
+    **{COMPLEX: lambda parts: complex(*parts), BIG_INT: int},
+    **{DTYPE: lambda name: dtypes.BY_NAME[name], DEVICE: device},
+    **{ARRAY: _array, TENSOR: lambda parts: make(_array(parts))},
+    SCALAR: lambda parts: _array(parts)[()],
+}

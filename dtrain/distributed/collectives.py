@@ -127,7 +127,7 @@ def all_gather_into_tensor(
     return submit(where, calls.AllGather(landing.read(input_tensor), out), landing, async_op)
 
 
-all_gather_single = all_gather_into_tensor
+all_gather_single = _all_gather_base = all_gather_into_tensor
 
 
 def gather(
@@ -224,7 +224,7 @@ def reduce_scatter_tensor(
     return submit(where, calls.ReduceScatter(landing.read(input), out, op), landing, async_op)
 
 
-reduce_scatter_single = reduce_scatter_tensor
+reduce_scatter_single = _reduce_scatter_base = reduce_scatter_tensor
 
 
 def all_to_all(

@@ -19,6 +19,7 @@ from dtrain.distributed.groups import get_rank, init_process_group, is_initializ
 from dtrain.distributed.world import ProcessGroup, resolve
 
 Names = tuple[str, ...] | None
+Backends = dict[int | str, Any]  # {axis, or its name: backend, or (backend, options)}
 
 
 class _Family:
@@ -35,7 +36,8 @@ class DeviceMesh:
     """The grid `mesh` of distinct global ranks, alike on all of them.
 
     `device_type` is kept and changes nothing. `mesh_dim_names` names the axes. `backend_override`
-    maps an axis's name to the backend of its groups. Source: torch.distributed.device_mesh.
+    maps an axis, or its name, to the backend of its groups; options in it are ignored.
+    Source: torch.distributed.device_mesh.
     """
 
     def __init__(
@@ -44,7 +46,7 @@ class DeviceMesh:
         mesh: Any,
         *,
         mesh_dim_names: Sequence[str] | None = None,
-        backend_override: dict[str, str] | None = None,
+        backend_override: Backends | None = None,
         _family: _Family | None = None,
     ) -> None:
         self.device_type = device_type
@@ -57,10 +59,21 @@ class DeviceMesh:
             )
         self._check_ranks()
         self._rank = get_rank()
-        self._family = _family or _Family(self, dict(backend_override or {}))
-        unknown = set(self._family.backends) - set(self._family.root.mesh_dim_names or ())
-        if unknown:
-            raise ValueError(f"backend_override names unknown dimensions: {sorted(unknown)}")
+        self._family = _family or _Family(self, self._backends(backend_override or {}))
+
+    def _backends(self, override: Backends) -> dict[str, str]:
+        """The backends by the names of the axes."""
+        named = {self._name(a) if isinstance(a, int) else a: b for a, b in override.items()}
+        unknown = set(named) - set(map(self._name, range(self.ndim)))
+        if unknown or len(named) < len(override):
+            raise ValueError(
+                "backend_override names unknown dimensions, or one of them twice: "
+                f"{list(override)}, the mesh has {list(map(self._name, range(self.ndim)))}"
+            )
+        return {name: _backend(given) for name, given in named.items()}
+
+    def _name(self, axis: int) -> str:
+        return self.mesh_dim_names[axis] if self.mesh_dim_names else f"dim_{axis}"
 
     def _check_ranks(self) -> None:
         world = resolve(None).size()
@@ -100,16 +113,20 @@ class DeviceMesh:
         """The caller's global rank."""
         return self._rank
 
-    def get_coordinate(self) -> list[int] | None:
+    def get_coordinate(self) -> tuple[int, ...] | None:
         """Where the caller is in the mesh, one number for each axis; None when it is not in it."""
         found = np.argwhere(self.ranks == self._rank)
-        return [int(i) for i in found[0]] if len(found) else None
+        return tuple(int(i) for i in found[0]) if len(found) else None
+
+    def _is_current_rank_part_of_mesh(self) -> bool:
+        """Whether the caller is in the mesh."""
+        return self.get_coordinate() is not None
 
     def get_local_rank(self, mesh_dim: int | str | None = None) -> int:
         """The caller's place along an axis; the axis may be left out when there is only one."""
         return self._own_place()[self._one_axis(mesh_dim)]
 
-    def _own_place(self) -> list[int]:
+    def _own_place(self) -> tuple[int, ...]:
         place = self.get_coordinate()
         if place is None:
             raise RuntimeError(f"rank {self._rank} is not in {self!r}")
@@ -144,8 +161,8 @@ class DeviceMesh:
         Made at the first call, which blocks until its other members have called it too. The axis
         may be left out when there is only one. RuntimeError when the caller is not in the mesh.
         """
-        axis, place = self._one_axis(mesh_dim), list(self._own_place())
-        line: list[Any] = list(place)
+        axis = self._one_axis(mesh_dim)
+        line: list[Any] = list(self._own_place())
         line[axis] = slice(None)
         members = tuple(int(rank) for rank in self.ranks[tuple(line)])
         groups = self._family.groups
@@ -154,7 +171,7 @@ class DeviceMesh:
         return groups[members]
 
     def _make_group(self, members: tuple[int, ...], axis: int) -> ProcessGroup:
-        name = self.mesh_dim_names[axis] if self.mesh_dim_names else f"dim_{axis}"
+        name = self._name(axis)
         backend = self._family.backends.get(name)
         default = resolve(None)
         if members == default.ranks and backend is None:
@@ -192,23 +209,32 @@ class DeviceMesh:
                 f"Invalid mesh_dim_names {names} specified. Found mesh dim indices to slice: "
                 f"{axes}. Mesh dim indices should be in ascending order."
             )
-        place = self.get_coordinate() or [0] * self.ndim
+        place = self.get_coordinate() or (0,) * self.ndim
         index = tuple(slice(None) if a in axes else place[a] for a in range(self.ndim))
         return self if len(axes) == self.ndim else self._derived(self.ranks[index], names)
 
     def _derived(self, ranks: np.ndarray, names: Sequence[str] | None) -> DeviceMesh:
         return DeviceMesh(self.device_type, ranks, mesh_dim_names=names, _family=self._family)
 
-    def _flatten(self, mesh_dim_name: str | None = None) -> DeviceMesh:
+    def _get_root_mesh(self) -> DeviceMesh:
+        """The mesh that this one was cut from, or itself."""
+        return self._family.root
+
+    def _flatten(
+        self, mesh_dim_name: str | None = None, backend_override: Any = None
+    ) -> DeviceMesh:
         """The same ranks along one axis, named as told or "dp_cp" after axes "dp" and "cp".
 
-        The mesh this one was cut from gives it by that name from then on.
+        The mesh this one was cut from gives it by that name from then on. `backend_override`: the
+        backend of its group.
         """
         if self.mesh_dim_names is None:
             raise RuntimeError("Cannot flatten a DeviceMesh without mesh_dim_names!")
         name, family = mesh_dim_name or "_".join(self.mesh_dim_names), self._family
         if name in (family.root.mesh_dim_names or ()) and self.ndim > 1:
             raise ValueError(f"{name} already exists for submesh of the {family.root!r}")
+        if backend_override is not None:
+            family.backends[name] = _backend(backend_override)
         if self.ndim == 1:
             return self._derived(self.ranks, [name])
         if family.flattened.setdefault(name, self.mesh_dim_names) != self.mesh_dim_names:
@@ -216,19 +242,62 @@ class DeviceMesh:
         return self._derived(self.ranks.reshape(-1), [name])
 
     def _unflatten(
-        self, dim: int | str, mesh_sizes: Sequence[int], mesh_dim_names: Sequence[str]
+        self,
+        dim: int | str,
+        mesh_sizes: Sequence[int],
+        mesh_dim_names: Sequence[str],
+        backend_override: Backends | None = None,
     ) -> DeviceMesh:
-        """A mesh with axis `dim` replaced by several of the given sizes and names."""
+        """A mesh with axis `dim` replaced by several of the given sizes and names.
+
+        `backend_override`: backends of the new axes, by name or by number among them.
+        """
         axis, sizes = self._axis(dim), tuple(mesh_sizes)
         if math.prod(sizes) != self.shape[axis] or len(sizes) != len(mesh_dim_names):
             raise ValueError(
                 f"sizes {sizes} with names {tuple(mesh_dim_names)} do not make the "
                 f"{self.shape[axis]} ranks of dimension {dim!r}"
             )
-        names = list(self.mesh_dim_names or [f"dim_{i}" for i in range(self.ndim)])
+        names = list(map(self._name, range(self.ndim)))
         names[axis : axis + 1] = mesh_dim_names
         shape = (*self.shape[:axis], *sizes, *self.shape[axis + 1 :])
-        return DeviceMesh(self.device_type, self.ranks.reshape(shape), mesh_dim_names=names)
+        backends: Backends = {n: b for n, b in self._family.backends.items() if n in names}
+        for key, backend in (backend_override or {}).items():
+            backends[mesh_dim_names[key] if isinstance(key, int) else key] = backend
+        return DeviceMesh(
+            self.device_type, self.ranks.reshape(shape), mesh_dim_names=names,
+            backend_override=backends,
+        )  # fmt: skip
+
+    @staticmethod
+    def _concatenate(device_mesh_list: Sequence[DeviceMesh]) -> DeviceMesh:
+        """A mesh whose axes are those of several slices of one mesh, in the order of the list.
+
+        RuntimeError unless they were cut from the same ranks and have no direction in common.
+        """
+        first = device_mesh_list[0]
+        order = first._family.root.ranks.reshape(-1)
+        if any(
+            mesh._family.root.ranks.reshape(-1).tolist() != order.tolist()
+            for mesh in device_mesh_list
+        ):
+            raise RuntimeError(
+                "Cannot concatenate DeviceMeshes derived from different device meshs"
+            )
+        # A slice is a lattice in the order of its root: where two of them lead is the sum of where
+        # each leads, seen from a rank that both have.
+        place = {int(rank): i for i, rank in enumerate(order)}
+        common = first._rank if first._is_current_rank_part_of_mesh() else int(first.ranks.flat[0])
+        base = place[common]
+        ends = np.zeros((), int)
+        for mesh in device_mesh_list:
+            steps = np.vectorize(place.__getitem__)(mesh.ranks) - base
+            ends = np.add.outer(ends, steps)
+        ends += base
+        if len(np.unique(ends)) != ends.size or ends.min() < 0 or ends.max() >= order.size:
+            raise RuntimeError(f"Cannot concatenate overlapping meshes: {list(device_mesh_list)}")
+        names = [mesh._name(axis) for mesh in device_mesh_list for axis in range(mesh.ndim)]
+        return first._derived(order[ends], names)
 
     @staticmethod
     def from_group(
@@ -282,7 +351,15 @@ class DeviceMesh:
         return f"DeviceMesh({shape if names is None else f'({shape})'}, '{self.device_type}')"
 
 
-def _without(place: list[int], axis: int) -> tuple[int, ...]:
+def _backend(given: Any) -> str:
+    """The name in what `backend_override` says about an axis."""
+    name = given[0] if isinstance(given, tuple) else given
+    if not isinstance(name, str):
+        raise TypeError(f"backend_override: expected the name of a backend, got {given!r}")
+    return name
+
+
+def _without(place: tuple[int, ...], axis: int) -> tuple[int, ...]:
     return (*place[:axis], *place[axis + 1 :])
 
 
@@ -291,7 +368,7 @@ def init_device_mesh(
     mesh_shape: Sequence[int],
     *,
     mesh_dim_names: Sequence[str] | None = None,
-    backend_override: dict[str, str] | None = None,
+    backend_override: Backends | None = None,
 ) -> DeviceMesh:
     """A mesh of this shape of the first ranks, the last axis running fastest.
 

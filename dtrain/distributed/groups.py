@@ -14,6 +14,7 @@ from datetime import timedelta
 from typing import Any
 
 from dtrain import env
+from dtrain.comm.fake import FakeGroup
 from dtrain.comm.group import DEFAULT_TIMEOUT, ProcessGroup as ArrayGroup
 from dtrain.comm.mpi import MpiGroup
 from dtrain.comm.store.base import Store
@@ -61,7 +62,8 @@ def init_process_group(
     default 30 minutes, which is also the default deadline of every collective).
     `backend`: None, "shm", "zmq", "local" or a registered one; "gloo" and "nccl" are taken as names
     for ours, and of "cpu:gloo,cuda:nccl" the CPU's part counts. "mpi" takes rank and world size
-    from mpiexec and needs neither store nor URL.
+    from mpiexec and needs neither store nor URL. "fake" is this rank alone, of `world_size`: every
+    call returns at once, and nothing comes from others (`dtrain.comm.fake`).
     `group_name`, `pg_options` and `device_id` are accepted and change nothing.
 
     ValueError when called twice or when rank, world size or address are missing.
@@ -72,9 +74,12 @@ def init_process_group(
     if store is not None and init_method is not None:
         raise ValueError("Cannot specify both init_method and store.")
     patience = seconds(timeout) or DEFAULT_TIMEOUT
-    if backend is not None and BackendConfig(backend).for_cpu() == Backend.MPI:
+    asked = None if backend is None else BackendConfig(backend).for_cpu()
+    if asked == Backend.MPI:
         arrays: Any = _join_mpi(rank, world_size, patience)
-        name = Backend.MPI
+        name: str = Backend.MPI
+    elif asked == Backend.FAKE:
+        arrays, name = FakeGroup(rank, world_size, timeout=patience), Backend.FAKE
     else:
         arrays, name = _join_store(world, backend, init_method, store, rank, world_size, patience)
     world.default = ProcessGroup(arrays, range(arrays.size), name, "default_pg")
@@ -244,7 +249,9 @@ def new_group(
     transport = None
     if backend is not None and backend != default.backend:
         if world.store is None:
-            raise ValueError(f"a group of an MPI job is an MPI group, not {backend!r}")
+            raise ValueError(
+                f"the groups of a job on {default.backend!r} are on it, not {backend!r}"
+            )
         transport = transport_for(backend, world.store)
     arrays = default.arrays.split(members, timeout=seconds(timeout), transport=transport)
     made = ProcessGroup(arrays, members, backend or default.backend, group_desc or "undefined")

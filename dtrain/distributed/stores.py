@@ -13,15 +13,17 @@ from dtrain.comm.store.prefix import PrefixStore as PrefixStore
 from dtrain.comm.store.tcp import TcpStore
 from dtrain.distributed.work import seconds
 
-__all__ = ["FileStore", "HashStore", "PrefixStore", "Store", "TCPStore"]
+__all__ = ["FakeStore", "FileStore", "HashStore", "PrefixStore", "Store", "TCPStore"]
 
 
 class TCPStore(TcpStore):
     """A store served over TCP by the process that says `is_master=True`.
 
     `port=0` takes a free port (see `.port`). `wait_for_workers` waits until `world_size` clients
-    have come. `timeout` is a timedelta or seconds. `multi_tenant`, `master_listen_fd` and
-    `use_libuv` are accepted and change nothing. Source: torch.distributed.TCPStore.
+    have come. `timeout` is a timedelta or seconds. `master_listen_fd`: the master serves on this
+    socket, which listens on a loopback address already and stays the caller's to close; host and
+    port are then its own. `multi_tenant` and `use_libuv` are accepted and change nothing.
+    Source: torch.distributed.TCPStore.
     """
 
     def __init__(
@@ -37,7 +39,9 @@ class TCPStore(TcpStore):
         use_libuv: bool = True,
     ) -> None:
         patience = seconds(timeout) or DEFAULT_TIMEOUT
-        super().__init__(host_name, port, is_master=is_master, timeout=patience)
+        super().__init__(
+            host_name, port, is_master=is_master, timeout=patience, listen_fd=master_listen_fd
+        )
         if world_size and wait_for_workers:
             try:
                 self._await_workers(world_size)
@@ -63,6 +67,10 @@ class FileStore(_FileStore):
     ) -> None:
         patience = seconds(timeout) or DEFAULT_TIMEOUT
         super().__init__(file_name, run_id=env.run_identity(), timeout=patience)
+
+
+class FakeStore(MemoryStore):
+    """A store that nobody reads, for the backend "fake". Source: torch's FakeStore."""
 
 
 class HashStore(MemoryStore):

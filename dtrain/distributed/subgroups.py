@@ -1,4 +1,5 @@
-"""Many groups at once: `new_subgroups`, `new_subgroups_by_enumeration`, `split_group`.
+"""Groups made from groups: `new_subgroups`, `new_subgroups_by_enumeration`, `split_group`,
+`shrink_group`.
 
 As with `new_group`, only the members of a group take part in making it; of the others a rank sees
 `GroupMember.NON_GROUP_MEMBER`. Source: torch.distributed.
@@ -11,7 +12,9 @@ from datetime import timedelta
 from typing import Any
 
 from dtrain.distributed.groups import get_rank, new_group
-from dtrain.distributed.world import GroupMember, ProcessGroup, resolve
+from dtrain.distributed.world import GroupMember, ProcessGroup, current_world, resolve
+
+SHRINK_DEFAULT, SHRINK_ABORT = 0, 1
 
 
 def new_subgroups_by_enumeration(
@@ -108,3 +111,65 @@ def split_group(
     return new_group(  # type: ignore[no-any-return]
         ranks, timeout, backend, group_desc=group_desc, sort_ranks=False
     )
+
+
+def shrink_group(
+    ranks_to_exclude: list[int],
+    group: Any = None,
+    shrink_flags: int = SHRINK_DEFAULT,
+    pg_options: Any = None,
+) -> ProcessGroup:
+    """A new group of the ranks of `group` but those (ranks of the group), which may have died.
+
+    The ranks that stay call it, with the same list; it blocks until all of them have come, at most
+    the group's timeout. `group` is closed then; with SHRINK_ABORT its calls under way fail first.
+    The default group is replaced, its ranks are numbered anew, and all other groups are closed.
+    The store through which the ranks met must be alive: with `env://` rank 0 serves it.
+    `pg_options` is accepted and changes nothing. Source: torch.distributed.shrink_group.
+    """
+    parent, world = resolve(group), current_world()
+    stay = _who_stays(ranks_to_exclude, shrink_flags, parent)
+    if shrink_flags == SHRINK_ABORT:
+        parent.abort(f"the group is shrunk: ranks {ranks_to_exclude} leave it")
+    arrays = parent.arrays.split(stay)
+    if parent is world.default:
+        ranks: Sequence[int] = range(len(stay))
+        desc, left = "default_pg", list(world.made)
+    else:
+        ranks = [parent.ranks[rank] for rank in stay]
+        desc, left = f"{parent.group_desc}:shrunken", [parent]
+    made = ProcessGroup(arrays, ranks, parent.backend, desc)
+    for old in reversed(left):
+        world.made.remove(old)
+        old.arrays.close()
+    world.made.append(made)
+    if parent is world.default:
+        world.default = made
+    return made
+
+
+def _who_stays(ranks: list[int], flags: int, parent: ProcessGroup) -> list[int]:
+    """The group ranks that are not in `ranks`; the errors are torch's."""
+    size = parent.size()
+    if not isinstance(ranks, list) or not all(isinstance(rank, int) for rank in ranks):
+        raise TypeError(f"ranks_to_exclude must be a list of integers, but got {ranks!r}")
+    if not ranks:
+        raise ValueError("ranks_to_exclude cannot be empty: specify at least one rank to exclude")
+    if flags not in (SHRINK_DEFAULT, SHRINK_ABORT):
+        raise ValueError(
+            f"Invalid shrink_flags value: {flags}. Must be one of: SHRINK_DEFAULT "
+            f"({SHRINK_DEFAULT}) or SHRINK_ABORT ({SHRINK_ABORT})."
+        )
+    for rank in ranks:
+        if not 0 <= rank < size:
+            raise ValueError(f"Rank {rank} is out of bounds for group size {size}.")
+    if len(set(ranks)) != len(ranks):
+        raise ValueError(f"Duplicate rank found in ranks_to_exclude: {ranks}")
+    if len(ranks) >= size:
+        raise ValueError(f"Cannot exclude all {size} ranks from process group.")
+    if parent.rank() in ranks:
+        raise RuntimeError(
+            f"Current rank {parent.rank()} is in the exclusion list and should not call "
+            "shrink_group()."
+        )
+    return [rank for rank in range(size) if rank not in ranks]

@@ -7,6 +7,7 @@ counting versions) is done once, by whoever waits first.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -38,6 +39,7 @@ class Work:
         self._tensors = tensors
         self._finish = finish
         self._lock = threading.Lock()
+        self._issued_at = time.monotonic()
 
     def _complete(self) -> None:
         with self._lock:
@@ -55,6 +57,7 @@ class Work:
         return True
 
     synchronize = wait
+    block_current_stream = wait  # there are no streams: whoever calls it is what waits
 
     def is_completed(self) -> bool:
         """Whether it has finished, well or not; does not block."""
@@ -76,6 +79,34 @@ class Work:
     def source_rank(self) -> int:
         """The group rank a receive came from; waits."""
         return self._work.source_rank()
+
+    _source_rank = source_rank
+
+    def _get_duration(self) -> float:
+        """Milliseconds from the call to its end; RuntimeError before that."""
+        if not self._work.is_completed():
+            raise RuntimeError(f"{self._work.what} has not finished: it has no duration yet")
+        # What was complete when it was issued took no time that could be told.
+        return max(0.0, (self._work.finished_at or 0.0) - self._issued_at) * 1e3
+
+    def _get_sequence_number(self) -> int:
+        """The number of the collective in its group.
+
+        RuntimeError for a message, which has none: messages are matched by source and tag.
+        """
+        number = getattr(self._work.what, "seq", None)
+        if number is None:
+            raise RuntimeError(f"{self._work.what} is a message: only collectives have a number")
+        return int(number)
+
+    def boxed(self) -> Work:
+        """The work itself: there is no TorchScript that would need it in a box."""
+        return self
+
+    @staticmethod
+    def unbox(obj: Work) -> Work:
+        """What was `boxed`."""
+        return obj
 
     def get_future(self) -> Future[Any]:
         """A future of `result()`."""

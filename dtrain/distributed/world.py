@@ -34,6 +34,7 @@ class ProcessGroup:
         self.ranks = tuple(ranks)
         self.backend = backend
         self.group_desc = desc
+        self.pickles = False  # whether object collectives may, see `objects.allow_pickle`
         self._hooks: Hooks | None = None  # most groups have none
 
     def issue(

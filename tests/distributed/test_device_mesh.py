@@ -38,7 +38,7 @@ def check_places():
         2,
     )
     assert mesh.get_rank() == me()
-    assert mesh.get_coordinate() == [me() // 2, me() % 2]
+    assert mesh.get_coordinate() == (me() // 2, me() % 2)
     assert (mesh.get_local_rank("dp"), mesh.get_local_rank(-1)) == (me() // 2, me() % 2)
     assert repr(mesh) == "DeviceMesh((dp=2, tp=2), 'cpu')"
     assert mesh == grid()
@@ -158,9 +158,46 @@ def check_backends_and_abort():
     dist.barrier()
 
 
+def check_more_backends():
+    """By number, with options, for flattened and for split axes; what there was stays."""
+    line = init_device_mesh("cpu", (4,), backend_override={0: ("local", None)})
+    assert dist.get_backend(line.get_group()) == "local"
+    mesh = grid()["dp", "tp"]
+    flat = mesh._flatten("all", backend_override="local")
+    assert dist.get_backend(flat.get_group()) == "local"
+    split = init_device_mesh("cpu", (4,), mesh_dim_names=("w",))._unflatten(
+        0, (2, 2), ("dp", "tp"), backend_override={1: "local"}
+    )
+    assert [dist.get_backend(g) for g in split.get_all_groups()] == ["testing", "local"]
+    with pytest.raises(ValueError, match="one of them twice"):
+        init_device_mesh(
+            "cpu", (4,), mesh_dim_names=("w",), backend_override={"w": "local", 0: "local"}
+        )
+    with pytest.raises(TypeError, match="expected the name of a backend, got 3"):
+        init_device_mesh("cpu", (4,), backend_override={0: 3})
+
+
+def check_concatenate():
+    mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("pp", "dp", "tp"))
+    both = DeviceMesh._concatenate([mesh["tp"], mesh["pp"]])
+    assert (both.mesh_dim_names, both.mesh.tolist()) == (("tp", "pp"), [[0, 2], [1, 3]])
+    assert both.get_group("pp") is mesh.get_group("pp")
+    assert both._get_root_mesh() is mesh
+    again = DeviceMesh._concatenate([mesh["pp"], mesh["dp", "tp"]._flatten()])
+    assert again.mesh.tolist() == [[0, 1], [2, 3]]
+    part = DeviceMesh("cpu", [[2, 0]], mesh_dim_names=("a", "b"))
+    assert part._is_current_rank_part_of_mesh() == (me() in (0, 2))
+    assert DeviceMesh._concatenate([part["b"], part["a"]]).mesh.tolist() == [[2], [0]]
+    with pytest.raises(RuntimeError, match="overlapping meshes"):
+        DeviceMesh._concatenate([mesh["tp"], mesh["dp", "tp"]])
+    with pytest.raises(RuntimeError, match="derived from different"):
+        DeviceMesh._concatenate([mesh["tp"], part["b"]])
+
+
 @pytest.mark.parametrize(
     "check",
     [
+        *(check_concatenate, check_more_backends),
         *(check_places, check_groups, check_only_members_make_groups, check_slices),
         *(check_from_group, check_refusals, check_backends_and_abort),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -51,8 +52,26 @@ def test_arrays_and_tensors_keep_dtype_and_shape(dtype, shape):
     assert back["t"].numpy().flags.writeable
 
 
+def test_what_is_more_than_data_keeps_its_kind():
+    value = {
+        "size": torch.ones(2, 3).shape,
+        "ordered": OrderedDict([((1, 2), [1]), ("b", (2,))]),
+        "frozen": {frozenset({1, 2})},
+        "kinds": [torch.bfloat16, torch.device("cpu"), np.float32(0.5), np.int8(-3)],
+    }
+    back = decode(encode(value))
+    assert back == value
+    assert [type(v) for v in back.values()] == [type(v) for v in value.values()]
+    assert [type(v) for v in back["kinds"]] == [type(v) for v in value["kinds"]]
+    assert back["kinds"][0] is torch.bfloat16
+    assert type(next(iter(back["frozen"]))) is frozenset
+
+
 class Foreign:
-    pass
+    def __eq__(self, other):
+        return type(other) is Foreign
+
+    __hash__ = None
 
 
 @pytest.mark.parametrize(
@@ -126,6 +145,44 @@ def check_objects():
 @pytest.mark.parametrize("transport", ["local", "zmq"])
 def test_object_collectives(transport):
     run_distributed(3, check_objects, transport=transport)
+
+
+def check_pickles():
+    """Only after `allow_pickle`, on the sender and on the receiver, and not with `weights_only`."""
+    n, every = dist.get_world_size(), [None] * dist.get_world_size()
+    with pytest.raises(
+        TypeError, match=r"Foreign cannot be sent .* call .*allow_pickle\(\) on all"
+    ):
+        dist.all_gather_object(every, Foreign())
+    sender = dist.new_group()
+    if dist.get_rank() == 0:
+        dist.allow_pickle(sender)
+        dist.broadcast_object_list([Foreign()], group=sender)
+    else:
+        sentence = r"rank 0 sent a pickle, which this rank does not load: it runs code\. Call"
+        with pytest.raises(dist.DistBackendError, match=sentence):
+            dist.broadcast_object_list([None], group=sender)
+    dist.allow_pickle()
+    dist.all_gather_object(every, Foreign())
+    assert every == [Foreign()] * n
+    shared = [dist.get_rank()]
+    dist.broadcast_object_list(shared, 1)  # plain data is not pickled for that
+    assert shared == [1]
+    with pytest.raises(TypeError, match="cannot be sent"):
+        dist.all_gather_object(every, Foreign(), weights_only=True)
+    out = [None]
+    if dist.get_rank() == 0:
+        dist.scatter_object_list(out, [Foreign()] * n)
+    else:
+        with pytest.raises(dist.DistBackendError, match=r"it runs code \(weights_only=True\)"):
+            dist.scatter_object_list(out, weights_only=True)
+    dist.allow_pickle(allow=False)
+    with pytest.raises(TypeError, match="cannot be sent"):
+        dist.all_gather_object(every, Foreign())
+
+
+def test_pickles_are_sent_and_loaded_only_where_that_was_allowed():
+    run_distributed(3, check_pickles)
 
 
 def check_nonsense():

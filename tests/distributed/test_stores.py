@@ -4,6 +4,7 @@ for.
 
 from __future__ import annotations
 
+import socket
 import threading
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -58,6 +59,30 @@ def test_the_master_waits_for_its_workers():
 def test_a_worker_that_does_not_come():
     with pytest.raises(StoreTimeout, match="missing keys: dtrain/all_workers"):
         dist.TCPStore("127.0.0.1", 0, 2, True, timedelta(milliseconds=50))
+
+
+def test_a_socket_that_listens_already_is_served():
+    """Nobody can take the port between choosing and using it; the caller's socket stays open."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port, fd = listening.getsockname()[1], listening.fileno()
+        with (
+            dist.TCPStore("127.0.0.1", port, is_master=True, master_listen_fd=fd) as server,
+            dist.TCPStore("127.0.0.1", port) as client,
+        ):
+            assert server.port == port
+            server.set("k", "v")
+            assert client.get("k") == b"v"
+        assert listening.fileno() == fd
+
+
+def test_only_a_loopback_socket_that_listens_is_served():
+    with socket.socket() as idle, pytest.raises(ValueError, match="not a socket that listens"):
+        dist.TCPStore("127.0.0.1", 0, is_master=True, master_listen_fd=idle.fileno())
+    with socket.socket() as wide:
+        wide.bind(("0.0.0.0", 0))
+        wide.listen()
+        with pytest.raises(dist.DistNetworkError, match=r"0\.0\.0\.0"):
+            dist.TCPStore("127.0.0.1", 0, is_master=True, master_listen_fd=wide.fileno())
 
 
 def test_underlying_stores():

@@ -1,4 +1,4 @@
-"""Many groups at once: who is in which, in which order, and the sentences for doing it wrong."""
+"""Groups of groups: who is in which, in which order, and the sentences for doing it wrong."""
 
 from __future__ import annotations
 
@@ -67,6 +67,68 @@ def check_split():
     ):
         with pytest.raises(ValueError, match=sentence):
             dist.split_group(outer, parts)
+
+
+def check_shrink_after_a_death():
+    """Rank 1 of 4 dies in a collective: the others go on as ranks 0, 1, 2 of a new default."""
+    rank, other = dist.get_rank(), dist.new_group()
+    if rank == 1:
+        dist.group.WORLD.arrays.abandon()
+        return None
+    with pytest.raises(dist.DistError):
+        dist.barrier()
+    made = dist.shrink_group([1])
+    assert made is dist.group.WORLD
+    assert (dist.get_world_size(), dist.get_pg_count()) == (3, 1)
+    with pytest.raises(dist.DistError, match="closed"):
+        dist.barrier(other)
+    pair = dist.new_group([0, 2])
+    x = torch.tensor([float(rank)])
+    dist.all_reduce(x)
+    if dist.get_rank() != 1:
+        dist.all_reduce(x, group=pair)
+    return dist.get_rank(), x.item()
+
+
+@pytest.mark.parametrize("transport", ["local", "shm", "zmq"])
+def test_the_rest_goes_on_without_a_rank_that_died(transport):
+    ended = run_distributed(4, check_shrink_after_a_death, transport=transport)
+    assert ended == [(0, 10.0), None, (1, 5.0), (2, 10.0)]
+
+
+def check_shrink_a_part():
+    """Of the group [3, 1, 0], without its rank 1; the default group stays as it is."""
+    rank, default = dist.get_rank(), dist.group.WORLD
+    part = dist.new_group([3, 1, 0], sort_ranks=False)
+    if rank in (0, 3):
+        late = dist.irecv(torch.zeros(1), group=part, group_src=1)
+        small = dist.shrink_group([1], part, dist.SHRINK_ABORT)
+        assert dist.get_process_group_ranks(small) == [3, 0]
+        assert members(small) == [0, 3]
+        with pytest.raises(dist.DistError, match="the group is shrunk: ranks"):
+            late.wait()
+    assert (dist.group.WORLD, dist.get_rank()) == (default, rank)
+    dist.barrier()
+
+
+def check_shrink_refusals():
+    for ranks, flags, error, sentence in (
+        ((1,), 0, TypeError, "must be a list"),
+        ([], 0, ValueError, "cannot be empty"),
+        ([9], 0, ValueError, "out of bounds for group size 4"),
+        ([1, 1], 0, ValueError, "Duplicate rank"),
+        ([0, 1, 2, 3], 0, ValueError, "Cannot exclude all 4 ranks"),
+        ([dist.get_rank()], 0, RuntimeError, "is in the exclusion list"),
+        ([1], 7, ValueError, "Invalid shrink_flags value: 7"),
+    ):
+        with pytest.raises(error, match=sentence):
+            dist.shrink_group(ranks, shrink_flags=flags)
+    dist.barrier()
+
+
+@pytest.mark.parametrize("check", [check_shrink_a_part, check_shrink_refusals])
+def test_shrinking(check):
+    run_distributed(4, check)
 
 
 @pytest.mark.parametrize("check", [check_new_subgroups, check_enumeration, check_split])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import socket
 import threading
 import time
 from dataclasses import dataclass
@@ -64,16 +65,21 @@ class _Parked:
 class StoreServer:
     """Serves a store on `host`:`port` (0 takes a free port.
 
-    See `address`, `port`) until `close`.
+    See `address`, `port`) until `close`; or on `listen_fd`, a socket that listens already.
     """
 
-    def __init__(self, host: str = "127.0.0.1", port: int = 0) -> None:
+    def __init__(
+        self, host: str = "127.0.0.1", port: int = 0, *, listen_fd: int | None = None
+    ) -> None:
         self._context = security.context()
         self._socket = security.open_socket(
             self._context, zmq.ROUTER, max_frame=security.MAX_STORE_FRAME, receive_limit=1000
         )
         try:
-            self.address = security.listen(self._socket, f"tcp://{host}:{port}").address
+            if listen_fd is not None:
+                host, port = _bound_to(listen_fd)
+            where = f"tcp://{host}:{port}"
+            self.address = security.listen(self._socket, where, listen_fd=listen_fd).address
         except BaseException:
             self._context.destroy(linger=0)
             raise
@@ -185,6 +191,15 @@ class StoreServer:
                 raise
 
 
+def _bound_to(listen_fd: int) -> tuple[str, int]:
+    """The address on which a socket listens; ValueError when it does not."""
+    with socket.socket(fileno=os.dup(listen_fd)) as given:
+        if not given.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise ValueError(f"file descriptor {listen_fd} is not a socket that listens")
+        host, port = given.getsockname()[:2]
+        return str(host), int(port)
+
+
 def _as_store_error(error: Exception) -> DistStoreError:
     return error if isinstance(error, DistStoreError) else DistStoreError(f"bad request: {error}")
 
@@ -204,9 +219,10 @@ class TcpStore(Store):
         *,
         is_master: bool = False,
         timeout: Timeout = DEFAULT_TIMEOUT,
+        listen_fd: int | None = None,
     ) -> None:
         super().__init__(timeout)
-        self._server = StoreServer(host, port) if is_master else None
+        self._server = StoreServer(host, port, listen_fd=listen_fd) if is_master else None
         self.host, self.port = host, self._server.port if self._server else port
         self._address = f"tcp://{host}:{self.port}"
         self._context = security.context()
