@@ -51,6 +51,7 @@ def check_works():
     receiving = dist.irecv(got, 1 - dist.get_rank())
     with pytest.raises(RuntimeError, match="has not finished"):
         receiving._get_duration()
+    dist.barrier()  # nobody has sent before
     dist.send(torch.ones(1), 1 - dist.get_rank())
     receiving.wait()
     assert receiving._source_rank() == 1 - dist.get_rank()
