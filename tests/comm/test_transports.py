@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import socket
 import stat
 import tempfile
+import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +21,7 @@ from dtrain.comm import security
 from dtrain.comm.collectives import Barrier
 from dtrain.comm.group import ProcessGroup
 from dtrain.comm.store.memory import MemoryStore
-from dtrain.comm.transports import base
+from dtrain.comm.transports import base, local
 from dtrain.comm.transports.local import LocalTransport
 from dtrain.comm.transports.zmq import ZmqTransport
 from dtrain.errors import DistNetworkError, ForkedProcessError, PeerLost, StoreTimeout
@@ -260,3 +263,36 @@ def test_sigkill_is_seen_within_a_second_and_leaves_no_socket_behind():
         for path in set(Path(tempfile.gettempdir()).glob("dtrain-*")) - before
     }
     assert not {pid for pid in pids if not Path(f"/proc/{pid}").exists()}
+
+
+def test_a_rank_that_leaves_at_once_is_not_in_the_way_of_one_that_is_still_arriving(monkeypatch):
+    """Rank 1 looks its peers up when rank 0 has come, sent, left and is gone from memory."""
+    gone, look_up = threading.Event(), local.rendezvous
+
+    def late(store, rank, *rest):
+        peers = look_up(store, rank, *rest)
+        if rank == 1:
+            assert gone.wait(20)
+            gc.collect()
+        return peers
+
+    monkeypatch.setattr(local, "rendezvous", late)
+    store, got = MemoryStore(20.0), np.zeros(3)
+
+    def first():
+        transport = LocalTransport(store, 0, 2, 20.0)
+        transport.send(1, 0, np.ones(3))
+        transport.close()
+        del transport
+        gone.set()
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    transport = LocalTransport(store, 1, 2, 20.0)
+    thread.join(20)
+    assert transport.recv_into(0, 0, got, time.monotonic() + 20) == 0
+    assert got.tolist() == [1.0, 1.0, 1.0]
+    with pytest.raises(PeerLost) as lost:
+        transport.send(0, 0, got)
+    assert lost.value.orderly
+    transport.close()

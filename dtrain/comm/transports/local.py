@@ -12,7 +12,7 @@ import weakref
 
 from dtrain.comm.store.base import Store
 from dtrain.comm.transports.base import Transport, rendezvous, seconds_left
-from dtrain.comm.transports.mailbox import Array, as_bytes
+from dtrain.comm.transports.mailbox import Array, Mailbox, as_bytes
 from dtrain.errors import DistNetworkError, PeerLost
 
 __all__ = ["LocalTransport"]
@@ -37,20 +37,22 @@ class LocalTransport(Transport):
                 f"transport 'local' joins threads of one process, but ranks {strangers} live in"
                 " other processes; use 'zmq'"
             )
-        self._peers = [_endpoints[peer.address] for peer in peers]
+        # None: a rank that was done with the group and left before this one had looked it up.
+        self._peers = [_endpoints.get(peer.address) for peer in peers]
+        for gone in [r for r, peer in enumerate(self._peers) if peer is None]:
+            self.mailbox.lose(gone, PeerLost(gone))  # unless it has said goodbye to this mailbox
 
     def _send(self, dst: int, tag: int, buf: Array, note: bytes) -> None:
-        self._check_alive(dst)
-        box = self._peers[dst].mailbox
-        box.begin(self.rank, tag, note, buf.nbytes, as_bytes(buf), owned=False)
+        self._box(dst).begin(self.rank, tag, note, buf.nbytes, as_bytes(buf), owned=False)
 
     def _tell(self, dst: int, body: bytes) -> None:
-        self._check_alive(dst)
-        self._peers[dst].mailbox.add_news(self.rank, body)
+        self._box(dst).add_news(self.rank, body)
 
-    def _check_alive(self, dst: int) -> None:
-        if dst in self.mailbox.lost:
+    def _box(self, dst: int) -> Mailbox:
+        peer = self._peers[dst]
+        if peer is None or dst in self.mailbox.lost:
             raise self.mailbox.lost[dst].copy()
+        return peer.mailbox
 
     def _advance(self, version: int, deadline: float) -> None:
         box = self.mailbox
@@ -80,7 +82,7 @@ class LocalTransport(Transport):
         self.closed = True
         gone = PeerLost(self.rank, orderly=orderly)
         for peer in self._peers:
-            if peer is not self:
+            if peer is not None and peer is not self:
                 peer.mailbox.lose(self.rank, gone)
         self.mailbox.fail(gone)
         self._peers = []
