@@ -35,7 +35,8 @@ COMPUTE = (
 COMM = (
     ("comm.store", "comm.transports", "comm.security", "comm.topology", "comm.work", "comm.record"),
     ("comm.channel", "comm.arrays", "comm.parts", "comm.reduce"),
-    ("comm.window_algorithms",),
+    ("comm.chain",),
+    ("comm.window_algorithms", "comm.island_algorithms"),
     ("comm.collectives", "comm.algorithms"),
     ("comm.agreement", "comm.monitored", "comm.point_to_point"),
     ("comm.fake", "comm.group", "comm.mpi", "comm.mpi_calls"),

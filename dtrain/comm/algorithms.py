@@ -1,8 +1,9 @@
 """How each collective moves its bytes: direct exchanges between the ranks of one group.
 
 Owns: who sends what to whom. Called by `collectives`, works on a `channel.Channel`, validates
-nothing. Where the ranks share memory, `window_algorithms` takes over. Rules: 1. receives are posted
-before anything is sent, so that data lands where it belongs. 2. Every pair that talks checks the
+nothing. Where all ranks share memory, `window_algorithms` takes over; where the ranks of each of
+several hosts do, `island_algorithms` for what is there. Rules: 1. receives are posted before
+anything is sent, so that data lands where it belongs. 2. Every pair that talks checks the
 fingerprint on its first message (the channel does). A rank that would only send waits for an empty
 acknowledgement, so that it learns of a mismatch inside the call.
 3. Sums go through `reduce.combine`, in rank order. Message counts per rank, N ranks: all_reduce N-1
@@ -18,7 +19,7 @@ from typing import Concatenate, ParamSpec
 
 import numpy as np
 
-from dtrain.comm import window_algorithms
+from dtrain.comm import island_algorithms, window_algorithms
 from dtrain.comm.channel import Channel
 from dtrain.comm.parts import rows
 from dtrain.comm.reduce import ReduceOp, combine
@@ -47,13 +48,21 @@ P = ParamSpec("P")
 Algorithm = Callable[Concatenate[Channel, P], None]
 
 
-def _or_through_window(by_messages: Algorithm[P]) -> Algorithm[P]:
-    """The algorithm of the same name in `window_algorithms`, where the ranks have a window."""
-    through_window: Algorithm[P] = getattr(window_algorithms, by_messages.__name__)
+def _or_through_memory(by_messages: Algorithm[P]) -> Algorithm[P]:
+    """The algorithm of the same name in `window_algorithms` or `island_algorithms`, where the ranks
+    share memory.
+    """
+    name = by_messages.__name__
+    through_window: Algorithm[P] = getattr(window_algorithms, name)
+    over_hosts: Algorithm[P] = getattr(island_algorithms, name, by_messages)
 
     def choose(channel: Channel, /, *args: P.args, **kwargs: P.kwargs) -> None:
-        way = by_messages if channel.window is None else through_window
-        way(channel, *args, **kwargs)
+        if channel.window is not None:
+            through_window(channel, *args, **kwargs)
+        elif channel.island is not None:
+            over_hosts(channel, *args, **kwargs)
+        else:
+            by_messages(channel, *args, **kwargs)
 
     return update_wrapper(choose, by_messages)
 
@@ -82,7 +91,7 @@ def _await_acknowledgements(channel: Channel) -> None:
         channel.wait(receive)
 
 
-@_or_through_window
+@_or_through_memory
 def all_reduce(channel: Channel, buf: Array, op: ReduceOp) -> None:
     """Small: everybody sends everything and adds for himself.
 
@@ -108,12 +117,12 @@ def _reduce_parts(channel: Channel, parts: Sequence[Array], out: Array, op: Redu
     combine(op, contributions, out)
 
 
-@_or_through_window
+@_or_through_memory
 def reduce_scatter(channel: Channel, inp: Array, out: Array, op: ReduceOp) -> None:
     _reduce_parts(channel, rows(inp, channel.size), out.reshape(-1), op)
 
 
-@_or_through_window
+@_or_through_memory
 def reduce(channel: Channel, buf: Array, root: int, op: ReduceOp) -> None:
     """Small: everybody sends to the root.
 
@@ -144,7 +153,7 @@ def _to_root(channel: Channel, own: Array, incoming: Sequence[Array], root: int)
         channel.wait(channel.post(root, _NOTHING))
 
 
-@_or_through_window
+@_or_through_memory
 def gather(channel: Channel, inp: Array, out: Array | None, root: int) -> None:
     incoming: Sequence[Array] = []
     if out is not None:
@@ -153,7 +162,7 @@ def gather(channel: Channel, inp: Array, out: Array | None, root: int) -> None:
     _to_root(channel, inp, incoming, root)
 
 
-@_or_through_window
+@_or_through_memory
 def broadcast(channel: Channel, buf: Array, root: int) -> None:
     if channel.rank == root:
         for peer in channel.peers:
@@ -164,7 +173,7 @@ def broadcast(channel: Channel, buf: Array, root: int) -> None:
         _acknowledge(channel, root)
 
 
-@_or_through_window
+@_or_through_memory
 def scatter(channel: Channel, inp: Array | None, out: Array, root: int) -> None:
     if inp is not None:
         outgoing = rows(inp, channel.size)
@@ -177,7 +186,7 @@ def scatter(channel: Channel, inp: Array | None, out: Array, root: int) -> None:
         _acknowledge(channel, root)
 
 
-@_or_through_window
+@_or_through_memory
 def all_gather(channel: Channel, inp: Array, out: Array) -> None:
     incoming = rows(out, channel.size)
     flat = inp.reshape(-1)
@@ -185,13 +194,13 @@ def all_gather(channel: Channel, inp: Array, out: Array) -> None:
     np.copyto(incoming[channel.rank], flat)
 
 
-@_or_through_window
+@_or_through_memory
 def all_to_all(channel: Channel, outgoing: Sequence[Array], incoming: Sequence[Array]) -> None:
     _exchange(channel, outgoing, incoming)
     np.copyto(incoming[channel.rank], outgoing[channel.rank])
 
 
-@_or_through_window
+@_or_through_memory
 def barrier(channel: Channel) -> None:
     """Dissemination (Hensgen, Finkel, Manber 1988): in round k hear from the rank 2^k before."""
     step = 1

@@ -64,13 +64,15 @@ class Watcher(Protocol):
 
 class Channel:
     """What an algorithm may do, knowing `rank`, `size` and `peers`: by messages `post`, `send`,
-    `wait`, `flush`; where there is a `window`, `meet`, `share` and `phase`.
+    `wait`, `flush`; where there is a `window` of all ranks, or one of the ranks of each host
+    (`island`), `meet`, `share` and `phase` among those who have it in common.
     """
 
     __slots__ = (
         "_deadline",
         "_expected",
         "_greeted",
+        "_memory",
         "_met",
         "_note",
         "_record",
@@ -78,6 +80,7 @@ class Channel:
         "_tag",
         "_transport",
         "_watcher",
+        "island",
         "peers",
         "rank",
         "size",
@@ -95,7 +98,8 @@ class Channel:
     ) -> None:
         self.rank, self.size = transport.rank, transport.size
         self.peers = transport.peers
-        self.window = transport.window
+        self.window, self.island = transport.window, transport.island
+        self._memory = transport.memory
         self._transport, self._watcher = transport, watcher
         self._record, self._tag = record, record.seq
         self._note = b""  # made for the first message
@@ -121,6 +125,10 @@ class Channel:
         self._watcher.heard[source] = self._tag
         if note != self._fingerprint():  # equal when the calls were made at the same line, too
             self._watcher.inspect(self._record, source, note, nbytes)
+
+    def all_have_come(self) -> None:
+        """Note that this rank knows, from whomever, that all ranks have started this call."""
+        self._watcher.heard.update(dict.fromkeys(self.peers, self._tag))
 
     def send(self, dst: int, buf: Array) -> None:
         """Send `buf` to `dst`; it must not change before `flush`, or before `dst` answers."""
@@ -150,7 +158,7 @@ class Channel:
 
         `place` tells the others where this rank's array lives; `window.places` then knows all.
         """
-        window = self.window
+        window = self._memory
         assert window is not None
         code = fingerprint(self._record.signature)
         window.write_header(code, self._tag, place)
@@ -159,40 +167,51 @@ class Channel:
         if not window.agrees(code):
             self._watcher.disturb(self._record)
 
+    def step(self) -> None:
+        """`phase`, or `meet` for the first time in this call."""
+        if self._met:
+            self.phase()
+        else:
+            self.meet()
+
     def phase(self) -> None:
         """Announce that everything written so far may be read; return when all ranks have."""
-        assert self.window is not None
-        if not self.window.arrive():
+        assert self._memory is not None
+        if not self._memory.arrive():
             self._linger()
 
     def _linger(self) -> None:
         """Sleep until all have announced the phase, with a look at everything else every `_LOOK`
         seconds.
         """
-        window, transport = self.window, self._transport
+        window, transport = self._memory, self._transport
         assert window is not None
-        while (rank := window.lagging()) is not None:
-            window.sleep(rank, _LOOK)
+        while (place := window.lagging()) is not None:
+            window.sleep(place, _LOOK)
             if window.lagging() is None:
                 return
             transport.look()
             lost = dict(transport.mailbox.lost)
-            rank = window.lagging()  # after the look: who leaves has announced before
-            if rank is None:
+            place = window.lagging()  # after the look: who leaves has announced before
+            if place is None:
                 return
-            failure = transport.mailbox.failure or lost.get(rank)
+            failure = transport.mailbox.failure or lost.get(self._rank_at(place))
             if failure is not None:
                 raise failure.copy() if isinstance(failure, DistError) else failure
-            self._tell_stall(rank)
+            self._tell_stall(place)
 
-    def _tell_stall(self, rank: int) -> None:
+    def _rank_at(self, place: int) -> int:
+        """The rank in the group of a rank of the window."""
+        return place if self.island is None else self.island.members[place]
+
+    def _tell_stall(self, place: int) -> None:
         """Say so when this takes long; raise when it takes too long."""
-        assert self.window is not None
+        assert self._memory is not None
         now = time.monotonic()
         if now >= self._stall_at:
             self._watcher.announce(self._record)
         if now >= self._deadline:
-            seen = self.window.seen(rank)
+            seen, rank = self._memory.seen(place), self._rank_at(place)
             if seen is not None:
                 self._watcher.heard[rank] = max(seen, self._watcher.heard.get(rank, -1))
             raise TransportTimeout(rank)
@@ -204,22 +223,20 @@ class Channel:
         before the next call and never written, except by who has it to himself; that of a rank
         that shows nothing is garbage, this rank's is `own` itself. All ranks call it alike.
         """
-        window = self.window
+        window = self._memory
         assert window is not None
         shown = window.next_half_as(shape, like.dtype)
         if own is not None:
-            shown[self.rank][...] = own
-            shown = [*shown[: self.rank], own, *shown[self.rank + 1 :]]
-        if self._met:
-            self.phase()
-        else:
-            self.meet()
+            here = window.rank
+            shown[here][...] = own
+            shown = [*shown[:here], own, *shown[here + 1 :]]
+        self.step()
         return shown
 
     def show_again(self, own: Array, changed: slice) -> None:
         """After `share(own, ...)`: show what stands in the `changed` elements of it now."""
-        window = self.window
+        window = self._memory
         assert window is not None
-        half = window.this_half()[self.rank]
+        half = window.this_half()[window.rank]
         half[: own.nbytes].view(own.dtype)[changed] = own[changed]
         self.phase()

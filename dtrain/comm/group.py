@@ -289,7 +289,7 @@ class ProcessGroup:
         ranks use such arrays; its memory is used again when it and its views are gone. With a
         RuntimeWarning it is an ordinary array when that memory is used up.
         """
-        window = self.transport.window
+        window = self.transport.memory
         wanted = (shape,) if isinstance(shape, int) else tuple(shape)
         return np.empty(wanted, dtype) if window is None else window.empty(wanted, dtype)
 

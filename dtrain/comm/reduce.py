@@ -33,6 +33,9 @@ __all__ = [
     "ReduceOp",
     "check_op",
     "combine",
+    "finish",
+    "fold",
+    "widened",
 ]
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -165,3 +168,38 @@ def _combine(op: ReduceOp, contributions: Sequence[Array], out: Array) -> None:
         np.copyto(out, total)
     if op.name == "AVG":
         np.divide(out, out.dtype.type(len(contributions)), out=out)
+
+
+def widened(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The dtype in which contributions of `dtype` are accumulated."""
+    return _FLOAT32 if dtype in (_FLOAT16, _BFLOAT16) else dtype
+
+
+def fold(op: ReduceOp, total: Array | None, contributions: Sequence[Array], out: Array) -> None:
+    """Go on with `combine`: add the next ranks' `contributions` to `total` (None: nothing yet).
+
+    `total` and `out` have the `widened` dtype, and `out` is none of the contributions.
+    """
+    _quiet.copy().run(_fold, op, total, contributions, out)
+
+
+def _fold(op: ReduceOp, total: Array | None, contributions: Sequence[Array], out: Array) -> None:
+    ufunc = _UFUNCS[op.name]
+    for contribution in contributions:
+        wide = np.asarray(contribution, out.dtype)
+        if op.factor is not None:
+            wide = np.multiply(wide, out.dtype.type(op.factor))
+        total = wide if total is None else ufunc(total, wide, out=out)
+    if total is not out and total is not None:
+        np.copyto(out, total)
+
+
+def finish(op: ReduceOp, total: Array, size: int, dtype: np.dtype[Any]) -> Array:
+    """The result of `combine` in `dtype`, once the contributions of all `size` ranks are folded."""
+    return _quiet.copy().run(_finish, op, total, size, dtype)
+
+
+def _finish(op: ReduceOp, total: Array, size: int, dtype: np.dtype[Any]) -> Array:
+    if op.name == "AVG":
+        np.divide(total, total.dtype.type(size), out=total)
+    return total.astype(dtype, copy=False)

@@ -15,12 +15,12 @@ bytes; in the window 2.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from dtrain.comm.channel import Channel
-from dtrain.comm.parts import rows, slices
+from dtrain.comm.parts import pieces, rows, slices
 from dtrain.comm.reduce import ReduceOp, combine
 from dtrain.comm.transports.mailbox import Array, as_bytes
 from dtrain.comm.transports.window import HALF, NOWHERE
@@ -65,13 +65,6 @@ def _in_place(channel: Channel, places: Sequence[int], like: Array) -> list[Arra
     return [window.at(rank, place, like) for rank, place in enumerate(places)]
 
 
-def _pieces(count: int, itemsize: int, limit: int) -> Iterator[slice]:
-    """`count` elements in consecutive pieces of at most `limit` bytes; at least one piece."""
-    step = limit // itemsize
-    for start in range(0, max(count, 1), step):
-        yield slice(start, min(start + step, count))
-
-
 def all_reduce(channel: Channel, buf: Array, op: ReduceOp) -> None:
     flat = buf.reshape(-1)
     if buf.nbytes <= LOOKED_UP:
@@ -81,7 +74,7 @@ def all_reduce(channel: Channel, buf: Array, op: ReduceOp) -> None:
     if NOWHERE not in places:
         _all_reduce_in_place(channel, _in_place(channel, places, flat), op)
         return
-    for piece in _pieces(flat.size, flat.itemsize, HALF):
+    for piece in pieces(flat.size, flat.itemsize, HALF):
         part = flat[piece]
         shown = channel.share(part, part.shape, flat)
         if channel.size == 2:
@@ -107,7 +100,7 @@ def _all_reduce_in_place(channel: Channel, arrays: list[Array], op: ReduceOp) ->
     own = arrays[channel.rank]
     mine = slices(own.size, channel.size)[channel.rank]
     others = [arrays[peer] for peer in channel.peers]
-    for piece in _pieces(mine.stop - mine.start, own.itemsize, _STEP):
+    for piece in pieces(mine.stop - mine.start, own.itemsize, _STEP):
         here = slice(mine.start + piece.start, mine.start + piece.stop)
         combine(op, [array[here] for array in arrays], own[here])
         for array in others:
@@ -124,11 +117,11 @@ def reduce(channel: Channel, buf: Array, root: int, op: ReduceOp) -> None:
         arrays = _in_place(channel, places, flat)
         if here:
             arrays[root] = flat
-            for piece in _pieces(flat.size, flat.itemsize, _STEP):
+            for piece in pieces(flat.size, flat.itemsize, _STEP):
                 _combine_read_only(op, [array[piece] for array in arrays], flat[piece])
         channel.phase()
         return
-    for piece in _pieces(flat.size, flat.itemsize, HALF):
+    for piece in pieces(flat.size, flat.itemsize, HALF):
         part = flat[piece]
         shown = channel.share(part, part.shape, flat)
         if here:
@@ -151,12 +144,12 @@ def reduce_scatter(channel: Channel, inp: Array, out: Array, op: ReduceOp) -> No
     if NOWHERE not in places:
         mine = slices(inp.size, channel.size)[channel.rank]
         arrays = [array[mine] for array in _in_place(channel, places, inp)]
-        for piece in _pieces(flat.size, flat.itemsize, _STEP):
+        for piece in pieces(flat.size, flat.itemsize, _STEP):
             _combine_read_only(op, [array[piece] for array in arrays], flat[piece])
         channel.phase()
         return
     parts = inp.reshape(channel.size, flat.size)
-    for piece in _pieces(flat.size, flat.itemsize, HALF // channel.size):
+    for piece in pieces(flat.size, flat.itemsize, HALF // channel.size):
         columns = parts[:, piece]
         shown = channel.share(columns, columns.shape, flat)
         combine(op, [array[channel.rank] for array in shown], flat[piece])
@@ -169,7 +162,7 @@ def all_gather(channel: Channel, inp: Array, out: Array) -> None:
         _copy_each(parts, _in_place(channel, places, flat))
         channel.phase()
         return
-    for piece in _pieces(flat.size, flat.itemsize, HALF):
+    for piece in pieces(flat.size, flat.itemsize, HALF):
         shown = channel.share(flat[piece], flat[piece].shape, flat)
         _copy_each([part[piece] for part in parts], shown)
 
@@ -188,7 +181,7 @@ def gather(channel: Channel, inp: Array, out: Array | None, root: int) -> None:
             _copy_each(parts, _in_place(channel, places, flat))
         channel.phase()
         return
-    for piece in _pieces(flat.size, flat.itemsize, HALF):
+    for piece in pieces(flat.size, flat.itemsize, HALF):
         shown = channel.share(flat[piece], flat[piece].shape, flat)
         if parts:
             _copy_each([part[piece] for part in parts], shown)
@@ -201,7 +194,7 @@ def broadcast(channel: Channel, buf: Array, root: int) -> None:
     if NOWHERE not in places:
         _spread(channel, _in_place(channel, places, flat), root)
         return
-    for piece in _pieces(flat.size, flat.itemsize, HALF):
+    for piece in pieces(flat.size, flat.itemsize, HALF):
         part = flat[piece]
         shown = channel.share(part if here else None, part.shape, flat)
         if not here:
@@ -212,7 +205,7 @@ def _spread(channel: Channel, arrays: Sequence[Array], root: int) -> None:
     """Each rank, the root too, copies one slice of the root's array into those of all others."""
     source = arrays[root]
     mine = slices(source.size, channel.size)[channel.rank]
-    for piece in _pieces(mine.stop - mine.start, source.itemsize, _STEP):
+    for piece in pieces(mine.stop - mine.start, source.itemsize, _STEP):
         here = slice(mine.start + piece.start, mine.start + piece.stop)
         for rank, array in enumerate(arrays):
             if rank != root:
@@ -231,7 +224,7 @@ def scatter(channel: Channel, inp: Array | None, out: Array, root: int) -> None:
         channel.phase()
         return
     parts = None if inp is None else inp.reshape(channel.size, flat.size)
-    for piece in _pieces(flat.size, flat.itemsize, HALF // channel.size):
+    for piece in pieces(flat.size, flat.itemsize, HALF // channel.size):
         part = flat[piece]
         columns = None if parts is None else parts[:, piece]
         shown = channel.share(columns, (channel.size, part.size), flat)

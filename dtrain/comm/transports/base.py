@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from dtrain.comm.store.base import Store
 from dtrain.comm.topology import host_id
+from dtrain.comm.transports.island import Island
 from dtrain.comm.transports.mailbox import ANY_SOURCE, Accept, Array, Mailbox, Receive
 from dtrain.comm.transports.window import Window
 from dtrain.errors import DistError, ForkedProcessError, PeerLost, TransportTimeout
@@ -86,6 +87,10 @@ class Transport(ABC):
     name = "?"
     # Memory that all ranks of the group share, where the medium has it.
     window: Window | None = None
+    # The ranks of this host, where the group spans hosts and each of them has memory to share.
+    island: Island | None = None
+    # Memory that the ranks of this host share: the one or the other's.
+    memory: Window | None = None
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
