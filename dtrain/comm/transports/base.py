@@ -248,6 +248,7 @@ Factory = Callable[[Store, int, int, float], Transport]
 _factories: dict[str, Factory | str] = {
     "local": "dtrain.comm.transports.local:LocalTransport",
     "shm": "dtrain.comm.transports.shm:ShmTransport",
+    "tcp": "dtrain.comm.transports.zmq:TcpTransport",
     "zmq": "dtrain.comm.transports.zmq:ZmqTransport",
 }
 
