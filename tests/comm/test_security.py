@@ -6,6 +6,7 @@ import os
 import re
 import stat
 import threading
+import time
 from contextlib import contextmanager
 
 import numpy as np
@@ -13,13 +14,14 @@ import pytest
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
+from dtrain import env
 from dtrain.comm import security
-from dtrain.comm.collectives import Barrier
+from dtrain.comm.collectives import AllReduce, Barrier
 from dtrain.comm.security import addresses, keys, secret
-from dtrain.comm.security.sockets import PROTECTION
+from dtrain.comm.security.sockets import PROTECTION, protect
 from dtrain.comm.store.tcp import StoreServer, TcpStore
-from dtrain.errors import DistNetworkError, DistStoreError, SecretError
-from dtrain.testing.world import run_world
+from dtrain.errors import DistNetworkError, DistStoreError, SecretError, TransportTimeout
+from dtrain.testing.world import run_ranks, run_world
 
 SECRET = b"0123456789abcdef" * 4
 
@@ -257,6 +259,61 @@ def test_the_store_lets_in_its_clients_and_nobody_else(monkeypatch):
         assert client.get("k") == b"v"
 
 
+def test_a_client_that_says_nothing_does_not_stop_the_store():
+    pair = security.store_keys()
+    with (
+        StoreServer() as server,
+        TcpStore("127.0.0.1", server.port, timeout=10) as client,
+        a_socket() as (_, silent),
+    ):
+        monitor = silent.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        security.connect(silent, server.address, pair.client, pair.server.public)
+        assert monitor.poll(5000)
+        client.set("k", "v")
+        silent.disable_monitor()
+        monitor.close(0)
+
+
+def test_a_peer_that_connects_and_says_nothing_does_not_wake_who_waits_for_its_message():
+    def wait(group):
+        transport = group.transport
+        transport._watch(1 - group.rank)
+        if group.rank == 0:
+            with pytest.raises(TransportTimeout):
+                transport.recv_into(1, 3, np.zeros(1), time.monotonic() + 0.1)
+        group.submit(Barrier())
+
+    run_world(2, wait, transport="tcp")
+
+
+@pytest.mark.parametrize("plane", ["curve", "plaintext"])
+def test_chunks_arrive_over_tcp_as_they_were_sent(plane, monkeypatch, caplog):
+    monkeypatch.setenv("DTRAIN_DATA_PLANE", plane)
+
+    def add(group):
+        buf = np.arange(5 << 20, dtype=np.float32) + group.rank  # 20 MiB: three chunks a part
+        group.submit(AllReduce(buf))
+        assert (buf == 2 * np.arange(5 << 20, dtype=np.float32) + 1).all()
+        return group.transport._network._gate is None
+
+    assert run_world(2, add, transport="tcp") == [plane == "plaintext"] * 2
+    warned = [record.message for record in caplog.records]
+    assert warned == ["the ranks exchange tensors in plain text, as --data-plane asks for"] * (
+        plane == "plaintext"
+    )
+
+
+def test_ranks_must_agree_about_plain_text(monkeypatch):
+    monkeypatch.setattr(env, "data_plane", lambda: _plane_of(threading.current_thread().name))
+    outcomes = run_ranks(2, lambda group: None, transport="tcp")
+    for outcome in outcomes:
+        assert "ranks [1] have DTRAIN_DATA_PLANE=plaintext" in str(outcome.error)
+
+
+def _plane_of(thread):
+    return "plaintext" if thread == "rank 1" else "curve"
+
+
 def test_a_rank_of_an_older_attempt_is_told_at_once(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
@@ -267,13 +324,11 @@ def test_a_rank_of_an_older_attempt_is_told_at_once(monkeypatch):
             stale.set("k", "v")
 
 
-def test_a_socket_whose_gate_does_not_answer_lets_nobody_in():
+def test_a_socket_without_a_gate_lets_nobody_in():
     pair = security.fresh_keys()
-    with a_socket() as (context, sock):
-        gate = security.Gate(context, pair)
-        gate.protect(sock)
+    with a_socket() as (_, sock):
+        protect(sock, pair)
         address = security.listen(sock, "tcp://127.0.0.1").address
-        gate.socket.close(0)
         assert knock(address, pair.public, pair) & (security.REFUSED | zmq.EVENT_DISCONNECTED)
 
 

@@ -134,10 +134,17 @@ class StoreServer:
                 return
             if gate in ready:
                 self._gate.answer()
-            if self._socket in ready:
-                client, *frames = self._socket.recv_multipart()
+            if self._socket in ready and (request := self._take()):
+                client, *frames = request
                 self._handle(client, b"".join(frames))
             self._expire()
+
+    def _take(self) -> list[bytes]:
+        """The next request, or nothing: a new connection's credentials alone wake us too."""
+        try:
+            return self._socket.recv_multipart(zmq.DONTWAIT)
+        except zmq.Again:
+            return []
 
     def _patience(self) -> int:
         """Milliseconds until the first parked command has to be answered; -1: none is parked."""

@@ -267,7 +267,10 @@ class ZmqTransport(Transport):
     def _receive(self, inbox: Any) -> None:
         """Take one message out of an inbox."""
         network = self._network if inbox is not self._inbox else None
-        frame = inbox.recv(_NOW, copy=network is None)
+        try:
+            frame = inbox.recv(_NOW, copy=network is None)
+        except zmq.Again:  # what is there is not a message, but whose messages will come
+            return
         head = frame if network is None else frame.bytes
         try:
             header, body = unpack(head)
