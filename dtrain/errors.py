@@ -209,4 +209,9 @@ class CollectiveTimeout(DistBackendError):
 
 
 class GroupAborted(DistBackendError):
-    """The call came after the group had failed or was aborted; the first failure is the cause."""
+    """The call came after the group had failed or was aborted; the first failure is the cause.
+
+    Field: `rank`, whose doing it was, where one rank aborted the group or failed in it.
+    """
+
+    rank: int | None = None
