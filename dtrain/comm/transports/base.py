@@ -157,8 +157,9 @@ class Transport(ABC):
         self.messages_sent += 1
         self.bytes_sent += buf.nbytes
 
-    def post(self, src: int, tag: int, out: Array, accept: Accept | None = None) -> Receive:
-        """Start to receive into the C-contiguous `out`; does not wait. `src` may be `ANY_SOURCE`.
+    def post(self, src: int, tag: int, out: Array | int, accept: Accept | None = None) -> Receive:
+        """Start to receive into the C-contiguous `out`, or that many bytes into memory that comes
+        with the message (`Receive.data`); does not wait. `src` may be `ANY_SOURCE`.
 
         `accept(source, note, nbytes)` may raise to refuse the message before `out` is touched.
         """
