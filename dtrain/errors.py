@@ -23,7 +23,6 @@ __all__ = [
     "GroupAborted",
     "PeerLost",
     "QueueEmptyError",
-    "SecretError",
     "StoreTimeout",
     "TransportTimeout",
     "WrongSize",
@@ -90,10 +89,6 @@ class DistNetworkError(DistError):
     """An address cannot be bound or reached, or a connection broke."""
 
 
-class SecretError(DistError):
-    """The job's secret is not there, too short, or known to others; the text never holds it."""
-
-
 class DistStoreError(DistError):
     """A key-value store refused or could not serve a request."""
 
@@ -149,24 +144,53 @@ class TransportTimeout(DistNetworkError):
 
 
 class PeerLost(DistNetworkError):
-    """A peer is gone. `rank`: who; `orderly`: it closed the group itself instead of dying."""
+    """A peer is gone. `rank`: who; `orderly`: it closed the group itself instead of dying.
+
+    What is known of its end: `how`, in words; `last`, its last call with file and line; `pid` and
+    `host`. Every survivor raises the same sentence.
+    """
 
     rank: int
     orderly: bool
+    how: str
+    last: str
+    pid: int | None
+    host: str | None
 
-    def __init__(self, rank: int, *, where: str = "", orderly: bool = False) -> None:
-        how = (
-            "has closed its side of the group: it makes no more calls here"
-            if orderly
-            else "is lost (its connection broke): see the output of that rank for the reason"
-        )
+    def __init__(
+        self,
+        rank: int,
+        *,
+        where: str = "",
+        orderly: bool = False,
+        how: str = "",
+        last: str = "",
+        pid: int | None = None,
+        host: str | None = None,
+    ) -> None:
+        if orderly:
+            what = "has closed its side of the group: it makes no more calls here"
+            what += f" ({how})" if how else ""
+        elif how:
+            what = f"is lost: {how}"
+        else:
+            what = "is lost (its connection broke): see the output of that rank for the reason"
+        if last:
+            what += f". Its last call was {last}"
         super().__init__(
-            f"{where}{': ' if where else ''}rank {rank} {how}", rank=rank, orderly=orderly
+            f"{where}{': ' if where else ''}rank {rank} {what}",
+            rank=rank,
+            orderly=orderly,
+            how=how,
+            last=last,
+            pid=pid,
+            host=host,
         )
 
     def at(self, where: str) -> PeerLost:
-        """The same loss, told with the group and the call that met it."""
-        return PeerLost(self.rank, where=where, orderly=self.orderly)
+        """The same loss, told with the place that met it."""
+        fields = self._fields()
+        return PeerLost(fields.pop("rank"), where=where, **fields)
 
 
 class CollectiveMismatch(DistBackendError):
@@ -209,9 +233,4 @@ class CollectiveTimeout(DistBackendError):
 
 
 class GroupAborted(DistBackendError):
-    """The call came after the group had failed or was aborted; the first failure is the cause.
-
-    Field: `rank`, whose doing it was, where one rank aborted the group or failed in it.
-    """
-
-    rank: int | None = None
+    """The call came after the group had failed or was aborted; the first failure is the cause."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 # (`dtrain.comm`, `dtrain.nn` ...); the two towers never see each other. A module without a row is
 # an error: give it one.
 BASE = (
-    *("errors", "env", "logs", "wire", "version"),
+    *("errors", "env", "flight", "logs", "processes", "wire", "version"),
     *("cuda", "device", "draws", "dtypes", "generator", "heap", "missing", "random", "ranks"),
     "threads",
 )
@@ -34,11 +34,12 @@ COMPUTE = (
 )
 COMM = (
     ("comm.store", "comm.transports", "comm.security", "comm.topology", "comm.work", "comm.record"),
+    ("comm.vigil",),
     ("comm.channel", "comm.arrays", "comm.parts", "comm.reduce"),
     ("comm.chain",),
     ("comm.window_algorithms", "comm.island_algorithms"),
     ("comm.collectives", "comm.algorithms"),
-    ("comm.agreement", "comm.monitored", "comm.point_to_point"),
+    ("comm.agreement", "comm.blame", "comm.monitored", "comm.point_to_point"),
     ("comm.fake", "comm.group", "comm.mpi", "comm.mpi_calls"),
     ("comm",),
 )

@@ -20,15 +20,16 @@ import threading
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import partial
 
 from dtrain.comm.channel import read_note
 from dtrain.comm.record import RING, CallRecord, Recorder
 from dtrain.comm.transports.base import Transport
+from dtrain.comm.vigil import Vigil
 from dtrain.errors import (
     CollectiveMismatch,
     CollectiveTimeout,
     DistError,
-    GroupAborted,
     PeerLost,
     from_wire,
     to_wire,
@@ -73,6 +74,7 @@ class Agreement:
         self._announced: set[int] = set()
         self.heard: dict[int, int] = {}  # {rank: highest seq it has started}
         self.told: DistError | None = None  # the failure that another rank told first
+        self.left: dict[int, str] = {}  # {rank: why it left in good order, when it said so}
         transport.on_news = self._on_news
 
     def enter(self, record: CallRecord) -> None:
@@ -99,6 +101,10 @@ class Agreement:
         """Another rank has shown that it called something else, without saying what."""
         raise Disturbed(record.seq)
 
+    def vigil(self, record: CallRecord) -> Vigil:
+        """What looks around while this rank waits long in `record`; it tells everybody, first."""
+        return Vigil(self._transport, partial(self.announce, record))
+
     def announce(self, record: CallRecord) -> None:
         """Tell everybody, once, what this rank called under this number."""
         with self._lock:
@@ -109,11 +115,12 @@ class Agreement:
         self._tell(["call", record.seq, record.signature, record.site, last])
 
     def tell_failure(self, error: BaseException) -> None:
-        """Tell everybody why this group has failed; of an error that is not ours, whose it was."""
-        if not isinstance(error, DistError):
-            rank, what = self._transport.rank, f"{type(error).__name__}: {error}"
-            error = GroupAborted(f"group {self._group!r}: rank {rank} failed: {what}", rank=rank)
+        """Tell everybody why this group has failed."""
         self._tell(["fail", to_wire(error)])
+
+    def tell_leave(self, reason: str) -> None:
+        """Tell everybody why this rank is about to leave."""
+        self._tell(["leave", reason])
 
     def _tell(self, news: list[object]) -> None:
         body = dumps(news)
@@ -130,6 +137,8 @@ class Agreement:
         if what == "fail":
             self.told = self.told or from_wire(rest[0])
             self._transport.fail(self.told)
+        elif what == "leave":
+            self.left[source] = rest[0]
         else:
             self._hear(source, *rest)
 
@@ -144,7 +153,8 @@ class Agreement:
 
     def catch_up(self) -> DistError | None:
         """The failure that another rank has told, after a look at all news that are here."""
-        self._transport.wait_until(lambda: True, 0.0)
+        with contextlib.suppress(PeerLost):  # this rank itself has closed: nothing more comes
+            self._transport.take_in()
         return self.told
 
     def settle(self, seq: int) -> DistError:

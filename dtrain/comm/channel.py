@@ -3,14 +3,15 @@
 Owns: `Channel`. Made by the group for each collective; algorithms talk to it and never see a
 transport. Rules: the first message to each peer carries the fingerprint ("signature, call site");
 the first message from each peer is compared with it before one byte is written. Through a window,
-the first phase does the same with a hash of the signature. A wait that takes long tells everybody
-what this rank is waiting in.
+the first phase does the same with a hash of the signature. A wait that takes long looks around from
+time to time (`vigil`), and tells everybody what this rank is waiting in.
 """
 
 from __future__ import annotations
 
 import time
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from hashlib import blake2b
 from typing import Protocol
 
@@ -18,6 +19,7 @@ from dtrain.comm.record import CallRecord
 from dtrain.comm.transports.base import Transport
 from dtrain.comm.transports.mailbox import Array, Receive
 from dtrain.comm.transports.window import NOWHERE
+from dtrain.comm.vigil import Vigil
 from dtrain.errors import DistError, TransportTimeout
 
 __all__ = ["Channel", "Watcher", "note_of", "read_note"]
@@ -58,8 +60,8 @@ class Watcher(Protocol):
     def disturb(self, record: CallRecord) -> None:
         """Raise: another rank has shown a different fingerprint than that of `record`."""
 
-    def announce(self, record: CallRecord) -> None:
-        """Tell all ranks that this one waits in `record`."""
+    def vigil(self, record: CallRecord) -> Vigil:
+        """What looks around while this rank waits long in `record`."""
 
 
 class Channel:
@@ -72,18 +74,20 @@ class Channel:
         "_deadline",
         "_expected",
         "_greeted",
+        "_look_at",
         "_memory",
         "_met",
         "_note",
         "_record",
-        "_stall_at",
         "_tag",
         "_transport",
+        "_vigil",
         "_watcher",
         "island",
         "peers",
         "rank",
         "size",
+        "waits",
         "window",
     )
 
@@ -103,7 +107,9 @@ class Channel:
         self._transport, self._watcher = transport, watcher
         self._record, self._tag = record, record.seq
         self._note = b""  # made for the first message
-        self._stall_at, self._deadline = stall_at, deadline
+        self._look_at, self._deadline = min(stall_at, deadline), deadline
+        self._vigil: Vigil | None = None  # made for the first look around
+        self.waits: dict[int, float] | None = None  # {rank: seconds for which it was waited for}
         self._greeted: set[int] = set()  # peers that have been sent the fingerprint
         self._expected: set[int] = set()  # peers whose fingerprint a posted receive checks
         self._met = False  # whether the fingerprint has gone through the window
@@ -114,8 +120,8 @@ class Channel:
         self._note = self._note or note_of(self._record.signature, self._record.site)
         return self._note
 
-    def post(self, src: int, out: Array | int) -> Receive:
-        """Start to receive `out` from `src`, or so many bytes (`Receive.data`)."""
+    def post(self, src: int, out: Array) -> Receive:
+        """Start to receive `out` from `src`."""
         if src in self._expected:
             return self._transport.post(src, self._tag, out)
         self._expected.add(src)
@@ -138,18 +144,38 @@ class Channel:
 
     def wait(self, receive: Receive) -> None:
         """Wait until a posted receive is complete."""
-        if receive.done or self._deadline <= self._stall_at:
+        if receive.done:
             self._transport.wait(receive, self._deadline)
             return
-        try:
-            self._transport.wait(receive, self._stall_at)
-        except TransportTimeout:
-            self._watcher.announce(self._record)
-            self._transport.wait(receive, self._deadline)
+        started = time.monotonic()
+        self._endure(partial(self._transport.wait, receive, together=True))
+        self._charge(receive.source, started)
 
     def flush(self) -> None:
         """Wait until everything sent may be changed."""
-        self._transport.flush(self._deadline)
+        self._endure(self._transport.flush)
+
+    def _endure(self, attempt: Callable[[float], object]) -> None:
+        """Wait to the deadline, with a look around from time to time."""
+        while True:
+            try:
+                attempt(self._look_at)
+                return
+            except TransportTimeout as late:
+                if time.monotonic() >= self._deadline:
+                    raise
+                self._look_around(None if late.rank is None else [late.rank])
+
+    def _look_around(self, absent: Sequence[int] | None) -> None:
+        if self._vigil is None:
+            self._vigil = self._watcher.vigil(self._record)
+        self._look_at = min(self._vigil.look(absent), self._deadline)
+
+    def _charge(self, rank: int, since: float) -> None:
+        """Note that this rank has waited for `rank`."""
+        if self.waits is None:
+            self.waits = {}
+        self.waits[rank] = self.waits.get(rank, 0.0) + time.monotonic() - since
 
     # ---- the window
 
@@ -186,35 +212,47 @@ class Channel:
         """
         window, transport = self._memory, self._transport
         assert window is not None
+        started, doomed = time.monotonic(), False
         while (place := window.lagging()) is not None:
             window.sleep(place, _LOOK)
             if window.lagging() is None:
-                return
+                break
             transport.look()
-            lost = dict(transport.mailbox.lost)
-            place = window.lagging()  # after the look: who leaves has announced before
-            if place is None:
-                return
-            failure = transport.mailbox.failure or lost.get(self._rank_at(place))
+            absent = [self._rank_at(place) for place in window.missing()]
+            if not absent:  # after the look: who leaves has announced before
+                break
+            failure = self._failure(absent, doomed)
             if failure is not None:
                 raise failure.copy() if isinstance(failure, DistError) else failure
-            self._tell_stall(place)
+            doomed = transport.mailbox.dead is not None
+            self._mind(absent)
+        if place is not None:
+            self._charge(self._rank_at(place), started)
+
+    def _failure(self, absent: Sequence[int], doomed: bool) -> BaseException | None:
+        """Why the `absent` will not come. `doomed`: somebody of the group was dead a look ago, whom
+        they may be waiting for.
+        """
+        box = self._transport.mailbox
+        gone = [box.lost[rank] for rank in absent if rank in box.lost]
+        return box.failure or next(iter(gone), box.dead if doomed else None)
 
     def _rank_at(self, place: int) -> int:
         """The rank in the group of a rank of the window."""
         return place if self.island is None else self.island.members[place]
 
-    def _tell_stall(self, place: int) -> None:
-        """Say so when this takes long; raise when it takes too long."""
+    def _mind(self, absent: Sequence[int]) -> None:
+        """Look around when this takes long; raise when it takes too long."""
         assert self._memory is not None
         now = time.monotonic()
-        if now >= self._stall_at:
-            self._watcher.announce(self._record)
         if now >= self._deadline:
-            seen, rank = self._memory.seen(place), self._rank_at(place)
-            if seen is not None:
-                self._watcher.heard[rank] = max(seen, self._watcher.heard.get(rank, -1))
-            raise TransportTimeout(rank)
+            for place in self._memory.missing():
+                rank, seen = self._rank_at(place), self._memory.seen(place)
+                if seen is not None:
+                    self._watcher.heard[rank] = max(seen, self._watcher.heard.get(rank, -1))
+            raise TransportTimeout(absent[0])
+        if now >= self._look_at:
+            self._look_around(absent)
 
     def share(self, own: Array | None, shape: tuple[int, ...], like: Array) -> list[Array]:
         """Show `own` (at most `HALF` bytes, of that shape; None: nothing) to all ranks.

@@ -9,6 +9,7 @@ right.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -33,7 +34,7 @@ class FakeGroup:
         self.rank, self.size = rank, size
         self.name, self.timeout = name, float(timeout)
         self.store = None  # nobody is to be met
-        self._recorder = Recorder()
+        self._recorder = Recorder.of(name, rank, size)
         self._next_seq = 0
         self._failure: GroupAborted | None = None
 
@@ -49,16 +50,17 @@ class FakeGroup:
         if self._failure is not None:
             raise GroupAborted(f"group {self.name!r}: {call.kind} cannot run: {self._failure}")
         words = call.signature if isinstance(call, Collective) else str(call)
-        record = CallRecord(self.name, self._next_seq, words, call_site(), done=True)
+        record = CallRecord(self.name, self._next_seq, words, call_site(), call.nbytes)
         self._next_seq += 1
-        self._recorder.begin(record)
+        now = time.monotonic()
+        self._recorder.begin(record, now)
+        self._recorder.finish(record, call.kind, now, now, None)
         if isinstance(call, AllGather):
             call.out.reshape(self.size, -1)[...] = call.inp.reshape(-1)
         if not isinstance(call, Collective):
             work = Work(record, call.buf)
             work.finish(source=self._source(call))
             return work
-        self._recorder.count(call.kind, call.nbytes, 0.0)
         return Work(record, call.output, done=True)
 
     def _source(self, call: Send | Recv) -> int | None:
@@ -101,10 +103,12 @@ class FakeGroup:
             bytes_sent=0,
             completed=self._next_seq,
             queued=0,
+            waits={},
         )
 
     def close(self, timeout: float = 5.0) -> None:
         """Nothing is under way, and nothing is held."""
+        self._recorder.close()
         self._failure = self._failure or GroupAborted(f"group {self.name!r} is closed")
 
     def __repr__(self) -> str:

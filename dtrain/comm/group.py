@@ -24,14 +24,22 @@ import numpy as np
 import numpy.typing as npt
 
 from dtrain.comm.agreement import STALL, Agreement, Disturbed
+from dtrain.comm.blame import explained, words_of
 from dtrain.comm.channel import Channel
 from dtrain.comm.collectives import Collective
 from dtrain.comm.point_to_point import Pending, Recv, Send
-from dtrain.comm.record import CallRecord, GroupStatistics, Recorder, call_site
+from dtrain.comm.record import (
+    POINT_TO_POINT,
+    CallRecord,
+    GroupStatistics,
+    Recorder,
+    call_site,
+)
 from dtrain.comm.store.base import Store
 from dtrain.comm.store.prefix import PrefixStore
 from dtrain.comm.transports.base import Factory, create
 from dtrain.comm.transports.mailbox import Array
+from dtrain.comm.vigil import Vigil
 from dtrain.comm.work import Work
 from dtrain.errors import (
     CollectiveMismatch,
@@ -86,7 +94,7 @@ class ProcessGroup:
         self._factory = transport
         make = partial(create, transport) if isinstance(transport, str) else transport
         self.transport = make(store, rank, size, self.timeout)
-        self._recorder = Recorder()
+        self._recorder = Recorder.of(name, rank, size)
         self._agreement = Agreement(name, self.transport, self._recorder)
         self._children: Counter[str] = Counter()  # {members: how many groups of them were made}
         # All below changes under `_lock` only.
@@ -128,7 +136,7 @@ class ProcessGroup:
         signature, site = call.signature, call_site()
         with self._lock:
             self._check_open(signature)
-            record = CallRecord(self.name, self._next_seq, signature, site)
+            record = CallRecord(self.name, self._next_seq, signature, site, call.nbytes)
             self._next_seq += 1
             at_once = not async_op and self._running is None and not self._queue
             work = Work(record, call.output, done=at_once)
@@ -158,6 +166,7 @@ class ProcessGroup:
         )
 
     def _enqueue(self, job: _Job) -> None:
+        self._recorder.queue(job.record, time.monotonic())
         self._queue.append(job)
         if self._thread is None:
             self._thread = threading.Thread(
@@ -195,7 +204,7 @@ class ProcessGroup:
         try:
             if self._failure is not None:
                 raise self._too_late(str(record)) from self._failure
-            self._recorder.begin(record)
+            self._recorder.begin(record, started)
             self._agreement.enter(record)
             channel = Channel(
                 self.transport,
@@ -207,20 +216,35 @@ class ProcessGroup:
             job.call.run(channel)
             channel.flush()
         except BaseException as error:
+            self._recorder.fail(record, time.monotonic())
             return self._fail(error, str(record), record.seq, job.timeout)
-        record.done = True
-        self._recorder.count(job.call.kind, job.call.nbytes, time.monotonic() - started)
+        self._recorder.finish(record, job.call.kind, started, time.monotonic(), channel.waits)
         return None
 
     def _point_to_point(self, call: Send | Recv, timeout: float) -> Work:
-        self._check_open(str(call))
-        where = f"group {self.name!r} {call}"
+        words, site = str(call), call_site()
+        self._check_open(words)
+        where = f"group {self.name!r} {words}"
         fail = partial(self._fail, where=where, seq=None, timeout=timeout)
+        record = CallRecord(self.name, POINT_TO_POINT, words, site, call.nbytes)
+        started = time.monotonic()
+        self._recorder.begin_message(record, started)
         try:
-            finish = call.start(self.transport, self.name, call_site())
+            finish = call.start(self.transport, self.name, site)
         except BaseException as error:
+            self._recorder.fail(record, time.monotonic())
             raise fail(error) from None
-        return Pending(where, call.buf, finish, fail, time.monotonic() + timeout).work
+
+        def ended(error: BaseException | None) -> BaseException | None:
+            now = time.monotonic()
+            if error is None:
+                self._recorder.finish(record, call.kind, started, now, None)
+                return None
+            self._recorder.fail(record, now)
+            return fail(error)
+
+        vigil = Vigil(self.transport, lambda: None)
+        return Pending(where, call.buf, finish, ended, vigil, started + timeout).work
 
     # ---- failure
 
@@ -246,7 +270,16 @@ class ProcessGroup:
         if isinstance(error, TransportTimeout):
             return self._agreement.timeout(where, seq, error.rank, timeout)
         if isinstance(error, PeerLost):
-            return error.at(where)
+            loss = explained(
+                error,
+                self.name,
+                self.transport.peer(error.rank),
+                self._agreement.left.get(error.rank, ""),
+            )
+            # Somebody who was told the reason may have left: the reason is what counts.
+            found = self._agreement.catch_up() or loss
+            found.add_note(f"while this rank was in {where}")
+            return found
         if isinstance(error, WrongSize):
             return CollectiveMismatch(
                 f"{where}: rank {error.rank} sent {error.got} bytes where rank {self.rank} expects"
@@ -275,11 +308,22 @@ class ProcessGroup:
         From any thread.
         """
         text = str(reason) if isinstance(reason, str) else f"{type(reason).__name__}: {reason}"
-        sentence = f"group {self.name!r} was aborted by rank {self.rank}: {text}"
-        error = GroupAborted(sentence, rank=self.rank)
+        error = GroupAborted(f"group {self.name!r} was aborted by rank {self.rank}: {text}")
         if isinstance(reason, BaseException):
             error.__cause__ = reason
         self._poison(error)
+
+    def excuse(self, reason: BaseException) -> None:
+        """Tell the others why this rank is about to close the group: `reason` ends it.
+
+        They raise a failure of another group as their own; else their `PeerLost` says it.
+        """
+        if self._failure is not None or self._closed:
+            return
+        if isinstance(reason, DistError):
+            self._poison(reason)
+        else:
+            self._agreement.tell_leave(words_of(reason))
 
     # ---- the rest
 
@@ -338,6 +382,7 @@ class ProcessGroup:
             bytes_sent=self.transport.bytes_sent,
             completed=started - running,
             queued=queued,
+            waits=dict(self._recorder.waits),
         )
 
     def close(self, timeout: float = 5.0) -> None:
@@ -358,6 +403,7 @@ class ProcessGroup:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(1.0)
         self.transport.close()
+        self._recorder.close()
 
     def _idle(self) -> bool:
         return self._running is None and not self._queue
@@ -368,6 +414,7 @@ class ProcessGroup:
             self._closed = True
             self._changed.notify_all()
         self.transport.abandon()
+        self._recorder.close()
 
     def __enter__(self) -> Self:
         return self

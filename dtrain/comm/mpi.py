@@ -43,7 +43,7 @@ class MpiGroup:
         self.rank, self.size = int(self.comm.rank), int(self.comm.size)
         self.name, self.timeout = name, float(timeout)
         self.store = None  # MPI needs no rendezvous
-        self._recorder = Recorder()
+        self._recorder = Recorder.of(name, self.rank, self.size)
         self._lock = threading.Lock()
         self._flights: set[_Flight] = set()  # also keeps the arrays of what runs
         self._next_seq = 0
@@ -67,9 +67,9 @@ class MpiGroup:
         with self._lock:
             self._check_open(call.kind)
             words = call.signature if isinstance(call, Collective) else str(call)
-            record = CallRecord(self.name, self._next_seq, words, call_site())
+            record = CallRecord(self.name, self._next_seq, words, call_site(), call.nbytes)
             self._next_seq += 1
-            self._recorder.begin(record)
+            self._recorder.begin(record, time.monotonic())
             requests, finish = start(call, self.comm)
             flight = _Flight(self, call, record, requests, finish, patience)
             self._flights.add(flight)
@@ -85,14 +85,16 @@ class MpiGroup:
         if self._closed:
             raise GroupAborted(f"group {self.name!r} is closed: {what} cannot run")
 
-    def landed(self, flight: _Flight, error: BaseException | None, seconds: float) -> None:
+    def landed(self, flight: _Flight, error: BaseException | None, began: float) -> None:
         """A call is complete, or has failed: then the group has."""
+        now = time.monotonic()
         with self._lock:
             if error is None:
                 self._flights.discard(flight)
-                if isinstance(flight.call, Collective):
-                    self._recorder.count(flight.call.kind, flight.call.nbytes, seconds)
-            elif self._failure is None:
+                self._recorder.finish(flight.record, flight.call.kind, began, now, None)
+                return
+            self._recorder.fail(flight.record, now)
+            if self._failure is None:
                 self._failure = error
 
     def abort(self, reason: str | BaseException) -> None:
@@ -138,6 +140,7 @@ class MpiGroup:
             bytes_sent=0,
             completed=self._next_seq - len(self._flights),
             queued=0,
+            waits=dict(self._recorder.waits),
         )
 
     def close(self, timeout: float = 5.0) -> None:
@@ -150,6 +153,7 @@ class MpiGroup:
         for flight in list(self._flights):
             flight.drive(timeout)
         self._closed = True
+        self._recorder.close()
         if self._flights:
             self.abort(self._failure or "closed while calls were under way")
 
@@ -205,7 +209,6 @@ class _Flight:
             except Exception as error:
                 self._land(self._explained(error))
             else:
-                self.record.done = True
                 self._land(None, source)
             return True
 
@@ -217,7 +220,7 @@ class _Flight:
     def _land(self, error: BaseException | None, source: int | None = None) -> None:
         # A request that failed is kept, with its arrays: MPI may still write to them.
         self._stuck, self._requests = self._requests if error else [], []
-        self.group.landed(self, error, time.monotonic() - self._began)
+        self.group.landed(self, error, self._began)
         self.work.finish(error, source)
 
     def _explained(self, error: Exception) -> BaseException:

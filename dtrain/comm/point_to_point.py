@@ -19,6 +19,7 @@ from dtrain.comm.arrays import check_array, describe
 from dtrain.comm.channel import note_of, read_note
 from dtrain.comm.transports.base import ANY_SOURCE, Transport
 from dtrain.comm.transports.mailbox import Array
+from dtrain.comm.vigil import WATCH, Vigil
 from dtrain.comm.work import Work
 from dtrain.errors import CollectiveMismatch, TransportTimeout
 
@@ -41,6 +42,11 @@ class Send:
         """Raise for an array or a rank that cannot be used."""
         check_array(self.buf, self.kind, writable=False)
         _check_peer(self.dst, self.tag, rank, size, "destination")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the message."""
+        return int(self.buf.nbytes)
 
     @property
     def signature(self) -> str:
@@ -74,6 +80,11 @@ class Recv:
             raise ValueError(f"recv: tag must not be negative, got {self.tag}")
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the message."""
+        return int(self.buf.nbytes)
+
+    @property
     def signature(self) -> str:
         """What must have been sent."""
         return describe(self.buf)
@@ -103,7 +114,7 @@ class Recv:
 
 class Pending:
     """A started point-to-point call: it moves on while somebody waits for its `work`, until
-    `deadline`.
+    `deadline`. `ended` is told how it went and says with which error it ends.
     """
 
     def __init__(
@@ -111,10 +122,11 @@ class Pending:
         where: str,
         buf: Array,
         finish: Finish,
-        fail: Callable[[BaseException], BaseException],
+        ended: Callable[[BaseException | None], BaseException | None],
+        vigil: Vigil,
         deadline: float,
     ) -> None:
-        self._finish, self._fail, self._deadline = finish, fail, deadline
+        self._finish, self._ended, self._vigil, self._deadline = finish, ended, vigil, deadline
         self._lock = threading.Lock()
         self._finished = False
         self.work = Work(where, buf, self._drive)
@@ -126,7 +138,7 @@ class Pending:
         source: int | None = None
         error: BaseException | None = None
         try:
-            source = self._finish(until)
+            source = self._endure(until)
         except TransportTimeout as late:
             if until < self._deadline:
                 return
@@ -136,7 +148,18 @@ class Pending:
         with self._lock:
             first, self._finished = not self._finished, True
         if first:
-            self.work.finish(None if error is None else self._fail(error), source)
+            self.work.finish(self._ended(error), source)
+
+    def _endure(self, until: float) -> int | None:
+        """Wait until then, with a look around from time to time."""
+        look_at = time.monotonic() + WATCH
+        while True:
+            try:
+                return self._finish(min(look_at, until))
+            except TransportTimeout as late:
+                if look_at >= until:
+                    raise
+                look_at = self._vigil.look(None if late.rank is None else [late.rank])
 
 
 def _check_peer(peer: int, tag: int, rank: int, size: int, role: str) -> None:

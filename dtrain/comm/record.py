@@ -1,7 +1,8 @@
 """What a group has done: counters per kind of call, and the last calls in order.
 
 Owns: `call_site`, `CallRecord`, `Recorder`, and the frozen snapshots that `ProcessGroup.statistics`
-hands out.
+hands out. Every call also goes into the flight record of this rank (`dtrain.flight`), which others
+can read.
 """
 
 from __future__ import annotations
@@ -12,7 +13,17 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["CallRecord", "GroupStatistics", "KindStatistics", "Recorder", "call_site"]
+from dtrain import flight
+from dtrain.flight import POINT_TO_POINT
+
+__all__ = [
+    "POINT_TO_POINT",
+    "CallRecord",
+    "GroupStatistics",
+    "KindStatistics",
+    "Recorder",
+    "call_site",
+]
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
@@ -34,13 +45,18 @@ def call_site() -> str:
 
 @dataclass(slots=True)
 class CallRecord:
-    """One call of this rank: what it was, where it was made, whether it has finished."""
+    """One call of this rank: what it was, where it was made, whether it has finished.
+
+    `place`: where it stands in the flight record, once it does.
+    """
 
     group: str
     seq: int
     signature: str
     site: str
+    nbytes: int = 0
     done: bool = False
+    place: int | None = None
 
     def __str__(self) -> str:
         return f"group {self.group!r} #{self.seq} {self.signature}"
@@ -52,11 +68,15 @@ class CallRecord:
 
 @dataclass(frozen=True, slots=True)
 class KindStatistics:
-    """Finished calls of one kind: how many, bytes of their buffers, seconds spent in them."""
+    """Finished calls of one kind: how many, bytes of their buffers, seconds spent in them.
+
+    `waited`: the part of these seconds spent waiting for other ranks.
+    """
 
     count: int = 0
     bytes: int = 0
     seconds: float = 0.0
+    waited: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +85,8 @@ class GroupStatistics:
 
     `messages_sent` and `bytes_sent` are what the transport carried for it, without
     acknowledgements' headers and control messages; `completed` counts collectives in sequence,
-    `queued` those that wait for the group's thread.
+    `queued` those that wait for the group's thread. `waits`: {rank: seconds for which this rank
+    waited for it}: who makes the others wait.
     """
 
     calls: Mapping[str, KindStatistics]
@@ -73,23 +94,79 @@ class GroupStatistics:
     bytes_sent: int
     completed: int
     queued: int
+    waits: Mapping[int, float]
 
 
 @dataclass(slots=True)
 class Recorder:
-    """Counters and the ring of last calls. Only the thread that runs a call writes."""
+    """Counters and the last calls of one group; a call is written by the thread that runs it."""
 
-    kinds: dict[str, list[float]] = field(default_factory=dict)  # {kind: [count, bytes, seconds]}
+    section: flight.Section
+    # {kind: [count, bytes, seconds, seconds waited for others]}
+    kinds: dict[str, list[float]] = field(default_factory=dict)
+    waits: dict[int, float] = field(default_factory=dict)  # {rank: seconds waited for it}
     ring: deque[CallRecord] = field(default_factory=lambda: deque(maxlen=RING))
 
-    def begin(self, record: CallRecord) -> None:
-        self.ring.append(record)
+    @classmethod
+    def of(cls, group: str, rank: int, size: int) -> Recorder:
+        """That of a group which this process joins; `close` it."""
+        return cls(flight.section(group, rank, size))
 
-    def count(self, kind: str, nbytes: int, seconds: float) -> None:
-        counts = self.kinds.setdefault(kind, [0, 0, 0.0])
+    def queue(self, record: CallRecord, now: float) -> None:
+        """A call has to wait for those before it."""
+        self._write(flight.QUEUED, record, now)
+
+    def begin(self, record: CallRecord, now: float) -> None:
+        """A call starts."""
+        self.ring.append(record)
+        if record.place is None:
+            self._write(flight.RUNNING, record, now)
+        else:
+            self.section.run(record.place, now)
+
+    def begin_message(self, record: CallRecord, now: float) -> None:
+        """A call outside of the sequence starts."""
+        self._write(flight.RUNNING, record, now)
+
+    def _write(self, state: int, record: CallRecord, now: float) -> None:
+        record.place = self.section.begin(
+            state, record.seq, record.nbytes, now, record.signature, record.site
+        )
+
+    def finish(
+        self,
+        record: CallRecord,
+        kind: str,
+        started: float,
+        ended: float,
+        waits: Mapping[int, float] | None,
+    ) -> None:
+        """A call went well. `waits`: {rank: seconds for which this one waited for it}."""
+        record.done = True
+        waited = 0.0 if waits is None else self._charge(waits)
+        assert record.place is not None
+        self.section.end(record.place, flight.DONE, ended, waited)
+        counts = self.kinds.get(kind)
+        if counts is None:
+            counts = self.kinds[kind] = [0, 0, 0.0, 0.0]
         counts[0] += 1
-        counts[1] += nbytes
-        counts[2] += seconds
+        counts[1] += record.nbytes
+        counts[2] += ended - started
+        counts[3] += waited
+
+    def _charge(self, waits: Mapping[int, float]) -> float:
+        for rank, seconds in waits.items():
+            self.waits[rank] = self.waits.get(rank, 0.0) + seconds
+        return sum(waits.values())
+
+    def fail(self, record: CallRecord, now: float) -> None:
+        """A call ended badly."""
+        if record.place is not None:
+            self.section.end(record.place, flight.FAILED, now, 0.0)
+
+    def close(self) -> None:
+        """The group is closed."""
+        flight.close(self.section)
 
     def find(self, seq: int) -> CallRecord | None:
         """The call with this sequence number, if it is among the last ones."""
@@ -100,4 +177,7 @@ class Recorder:
         return [record.told() for record in list(self.ring)[-TOLD:]]
 
     def snapshot(self) -> dict[str, KindStatistics]:
-        return {k: KindStatistics(int(c), int(b), s) for k, (c, b, s) in list(self.kinds.items())}
+        return {
+            kind: KindStatistics(int(count), int(nbytes), seconds, waited)
+            for kind, (count, nbytes, seconds, waited) in list(self.kinds.items())
+        }

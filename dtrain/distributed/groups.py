@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import functools
 import os
+import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -131,19 +132,21 @@ def _join_mpi(rank: int, world_size: int, patience: float) -> MpiGroup:
 
 @functools.cache
 def _close_at_exit() -> None:
-    atexit.register(lambda: current_world().clear())
+    # An exception that nobody caught has been shown by now, and stands there.
+    atexit.register(lambda: current_world().clear(getattr(sys, "last_value", None)))
 
 
 def destroy_process_group(group: ProcessGroup | None = None) -> None:
     """Leave a group, or (None, or the default group) all of them; idempotent.
 
-    Waits a few seconds at most for calls that are under way.
+    Waits a few seconds at most for calls that are under way. While an exception is handled (in
+    `finally`, in `except`) the other ranks are told of it.
     """
     world = current_world()
     if group is GroupMember.NON_GROUP_MEMBER:
         return
     if group is None or group is world.default:
-        world.clear()
+        world.clear(sys.exception())
         return
     if group in world.made:
         world.made.remove(group)

@@ -166,9 +166,14 @@ class World:
         self.store: Store | None = None
         self.owns_store = False
 
-    def clear(self) -> None:
-        """Close all groups, youngest first, and the store if it was opened here."""
+    def clear(self, reason: BaseException | None = None) -> None:
+        """Close all groups, youngest first, and the store if it was opened here.
+
+        `reason`: the exception that ends this rank; the others are told.
+        """
         for made in reversed(self.made):
+            if reason is not None and isinstance(made.arrays, ArrayGroup):
+                made.arrays.excuse(reason)
             made.arrays.close()
         if self.store is not None and self.owns_store:
             self.store.close()

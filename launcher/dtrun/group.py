@@ -15,7 +15,17 @@ from collections.abc import Mapping
 
 from dtrun import process
 from dtrun.errors import Failure, read_recorded
-from dtrun.spec import STDERR, STDOUT, Attempt, Spec, command, environment, error_file, fault_file
+from dtrun.spec import (
+    STDERR,
+    STDOUT,
+    Attempt,
+    Spec,
+    command,
+    environment,
+    error_file,
+    exit_file,
+    fault_file,
+)
 from dtrun.streams import LOG_NAMES, Streams
 from dtrun.supervisor import Supervisor
 
@@ -114,10 +124,21 @@ class Group:
         for local_rank in sorted(self.supervisor.living):
             code = self._workers[local_rank].poll()
             if code is not None:
+                self._tell_end(local_rank, code)
                 self._ended[local_rank] = time.time()
                 self.supervisor.exited(local_rank, code, now)
         for signum in received:
             self._send(self.supervisor.signalled(signum, now))
+
+    def _tell_end(self, local_rank: int, code: int) -> None:
+        """Write down how a worker ended, for those who miss it; the file appears complete."""
+        path = exit_file(self._attempt, self._spec.rank(local_rank))
+        try:
+            with open(f"{path}.partial", "w", encoding="utf-8") as file:
+                file.write(f'{{"pid": {self._workers[local_rank].pid}, "code": {code}}}')
+            os.replace(f"{path}.partial", path)
+        except OSError as error:
+            self._streams.say(f"dtrun: cannot tell the other ranks of an end: {error}\n")
 
     def _send(self, signum: int | None) -> None:
         if signum is not None:

@@ -64,13 +64,19 @@ class Recorder:
             "pid": self.pid,
             "thread": thread,
             "lost_peer": lost_peer(error),
-            "message": traceback.format_exception_only(error)[-1].strip(),
+            "message": sentence(traceback.format_exception_only(error), error),
             "traceback": "".join(traceback.format_exception(error)),
         }
         partial = f"{self.path}.partial"
         with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
             json.dump(fields, file)
         os.replace(partial, self.path)
+
+
+def sentence(lines: list[str], error: BaseException) -> str:
+    """What the exception says, without the notes that stand behind it."""
+    notes = [line for note in getattr(error, "__notes__", ()) for line in str(note).split("\n")]
+    return lines[-1 - len(notes)].strip()
 
 
 def user_frames(trace: TracebackType | None) -> TracebackType | None:

@@ -38,6 +38,9 @@ __all__ = [
 ]
 
 
+# How long a message may take that was sent before a third rank died.
+_UNDER_WAY = 0.03
+
 # How many forks lie between the first process and this one; cheaper to compare than the process id.
 _forks = 0
 
@@ -64,6 +67,11 @@ class Peer:
     host: str
     pid: int
     address: str
+
+    @property
+    def host_name(self) -> str:
+        """The host as people call it."""
+        return self.host.partition("/")[0]
 
 
 def rendezvous(store: Store, rank: int, size: int, address: str, timeout: float) -> list[Peer]:
@@ -157,9 +165,8 @@ class Transport(ABC):
         self.messages_sent += 1
         self.bytes_sent += buf.nbytes
 
-    def post(self, src: int, tag: int, out: Array | int, accept: Accept | None = None) -> Receive:
-        """Start to receive into the C-contiguous `out`, or that many bytes into memory that comes
-        with the message (`Receive.data`); does not wait. `src` may be `ANY_SOURCE`.
+    def post(self, src: int, tag: int, out: Array, accept: Accept | None = None) -> Receive:
+        """Start to receive into the C-contiguous `out`; does not wait. `src` may be `ANY_SOURCE`.
 
         `accept(source, note, nbytes)` may raise to refuse the message before `out` is touched.
         """
@@ -170,20 +177,33 @@ class Transport(ABC):
         self.mailbox.post(receive)
         return receive
 
-    def wait(self, receive: Receive, deadline: float) -> int:
+    def wait(self, receive: Receive, deadline: float, *, together: bool = False) -> int:
         """Wait for a posted receive; returns the rank it came from.
+
+        `together`: all ranks take part in this call. When one of them is seen to die, it fails,
+        whomever this rank is waiting for, who may be waiting for somebody who never comes.
 
         `deadline` is in `time.monotonic()` seconds. Raises `TransportTimeout` (the receive stays
         posted), `PeerLost`, or whatever made the receive fail.
         """
         if not receive.done:
             self._watch(receive.src)
-            if not self.wait_until(lambda: receive.done, deadline):
+            box = self.mailbox
+            if not self.wait_until(
+                lambda: receive.done or (together and box.dead is not None), deadline
+            ):
                 raise TransportTimeout(None if receive.src == ANY_SOURCE else receive.src)
+            if not receive.done and not self._comes_after_all(receive):
+                assert box.dead is not None
+                raise box.dead.copy()
         if receive.error is not None:
             error = receive.error
             raise error.copy() if isinstance(error, DistError) else error
         return receive.source
+
+    def _comes_after_all(self, receive: Receive) -> bool:
+        """Whether what is waited for comes although another rank is dead: it was under way."""
+        return self.wait_until(lambda: receive.done, time.monotonic() + _UNDER_WAY)
 
     def recv_into(
         self, src: int, tag: int, out: Array, deadline: float, accept: Accept | None = None
@@ -217,12 +237,20 @@ class Transport(ABC):
         self.mailbox.fail(error)
         self._wake()
 
+    def peer(self, rank: int) -> Peer | None:
+        """Which process `rank` is; None where all ranks are threads of this one."""
+        return None
+
     def look(self) -> None:
         """Take in what has arrived, news and deaths too, without waiting.
 
         For those who wait somewhere else than in this transport.
         """
         self._watch(ANY_SOURCE)
+        self.take_in()
+
+    def take_in(self) -> None:
+        """As `look`, without a connection to those that this rank has never talked to."""
         version = -1
         while version != self.mailbox.version:
             version = self.mailbox.version
@@ -249,7 +277,6 @@ Factory = Callable[[Store, int, int, float], Transport]
 _factories: dict[str, Factory | str] = {
     "local": "dtrain.comm.transports.local:LocalTransport",
     "shm": "dtrain.comm.transports.shm:ShmTransport",
-    "tcp": "dtrain.comm.transports.zmq:TcpTransport",
     "zmq": "dtrain.comm.transports.zmq:ZmqTransport",
 }
 

@@ -144,6 +144,10 @@ class Window:
                 return rank
         return None
 
+    def missing(self) -> list[int]:
+        """All ranks that have not announced this phase."""
+        return [rank for rank, control in self._others if control[_PHASE] < self.phase]
+
     def sleep(self, rank: int, seconds: float) -> None:
         """Sleep in the kernel until `rank` announces this phase, at most `seconds` < 1."""
         control = self._control[rank]

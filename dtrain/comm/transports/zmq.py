@@ -1,16 +1,15 @@
-"""Ranks as processes (or threads): messages over unix sockets on one host, over TCP between hosts.
+"""Ranks as processes (or threads): messages over unix sockets on one host, or over TCP on loopback.
 
 Owns: two sockets per rank. `inbox` (DEALER, bound) takes what everybody sends; `outbox` (ROUTER,
 connecting) has one connection per peer, made when the peer is first talked to or waited for. Its
 monitor sees connections break. A message is [header + note | first chunk] and, if longer than a
-chunk, further [header | chunk] messages. Where ranks are on several hosts each has a second inbox
-(`Network`) for those on others.
+chunk, further [header | chunk] messages.
 
 [Note: how a death is told from a goodbye] A rank that closes sends GOODBYE behind everything else
 to every peer, waits until that is written, and only then closes its inbox. Everybody who waits for
 a rank holds a connection to its inbox. So a connection that breaks, or is refused, means: the
-goodbye is here, or will be read within `GRACE` (both are in this host's kernel; between hosts they
-travel on two connections, hence `FAR_GRACE`), or there is none, and the peer has died.
+goodbye is here, or will be read within `GRACE` (both are in this host's kernel), or there is none,
+and the peer has died.
 """
 
 from __future__ import annotations
@@ -23,28 +22,29 @@ import os
 import threading
 import time
 from collections import deque
-from typing import Any
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from dtrain.comm import security
-from dtrain.comm.security.addresses import endpoint
 from dtrain.comm.store.base import Store
 from dtrain.comm.topology import host_id
-from dtrain.comm.transports.base import Transport, rendezvous, seconds_left
+from dtrain.comm.transports.base import Peer, Transport, rendezvous, seconds_left
 from dtrain.comm.transports.mailbox import ANY_SOURCE, Array, as_bytes
-from dtrain.comm.transports.network import Network, own_address
-from dtrain.errors import PeerLost, TransportTimeout
+from dtrain.errors import DistNetworkError, PeerLost, TransportTimeout
+from dtrain.processes import ENDED, STOPPED, state_of
 from dtrain.wire import CHUNK, Header, WireError, pack, unpack
 
-__all__ = ["TcpTransport", "ZmqTransport"]
+__all__ = ["ZmqTransport"]
 
 # Kinds of messages. INLINE carries note and payload behind its header, DATA and MORE in a second
 # frame; STRANGE is no message of ours.
 INLINE, DATA, MORE, NEWS, GOODBYE, WAKE, STRANGE = range(7)
 
-GRACE, FAR_GRACE = 0.2, 0.5
+GRACE = 0.2
+# As soon as its process has ended, all that it ever sent is in this host's kernel.
+_GRACE_ENDED = 0.03
+_SUSPECT_LOOK = 0.005
 
 # One short frame costs less than two.
 _INLINE_BELOW = 8 * 1024
@@ -65,6 +65,7 @@ _log = logging.getLogger("dtrain.comm")
 
 # Plain numbers: operations on pyzmq's enums cost microseconds.
 _IN, _MORE, _NOW = int(zmq.POLLIN), int(zmq.SNDMORE), int(zmq.DONTWAIT)
+_BROKEN = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 
 
 class _Unreachable(Exception):
@@ -74,9 +75,9 @@ class _Unreachable(Exception):
 class ZmqTransport(Transport):
     """One rank's end of a group over ZeroMQ.
 
-    `where` is "ipc" (the default: unix sockets among ranks of one host, TCP between hosts), "tcp"
-    for TCP among all, or "tcp://HOST" to say by which address. Sending is zero-copy for arrays of
-    64 KiB and more; receiving copies once, from the socket's frame to where the array belongs.
+    `where` is "ipc" (unix sockets, the default) or "tcp://127.0.0.1". Sending is zero-copy for
+    arrays of 64 KiB and more; receiving copies once, from the socket's frame to where the array
+    belongs.
     """
 
     name = "zmq"
@@ -86,7 +87,6 @@ class ZmqTransport(Transport):
     ) -> None:
         super().__init__(rank, size)
         self._listener: security.Listener | None = None
-        self._network: Network | None = None
         # Two contexts, because they end at different times: first all is sent, then the inbox goes.
         self._in_context, self._out_context = security.context(), security.context()
         try:
@@ -97,14 +97,14 @@ class ZmqTransport(Transport):
 
     def _open(self, store: Store, where: str, timeout: float) -> None:
         self._inbox = security.open_socket(self._in_context, zmq.DEALER)
-        self._listener = security.listen(self._inbox)
+        self._listener = security.listen(self._inbox, where)
         self._outbox = security.open_socket(self._out_context, zmq.ROUTER)
-        self._monitor = self._outbox.get_monitor_socket(security.BROKEN)
+        self._monitor = self._outbox.get_monitor_socket(_BROKEN)
+        self._polled = [(self._inbox, _IN), (self._monitor, _IN)]
         self._peers = rendezvous(store, self.rank, self.size, self._listener.address, timeout)
+        self._check_reachable()
         addresses = [peer.address for peer in self._peers]
         self._rank_at = {address: r for r, address in enumerate(addresses)}
-        self._polled = [(self._inbox, _IN), (self._monitor, _IN)]  # in this order
-        self._join_network(store, where, timeout)
         self._job = _job_of(addresses)
         self._ids = [f"r{r}".encode() for r in range(self.size)]
         self._connected: set[int] = set()
@@ -113,21 +113,18 @@ class ZmqTransport(Transport):
         self._pumping = (
             False  # whether a thread is inside the inbox; changes under the mailbox's lock
         )
-        self._suspects: dict[
-            int, float
-        ] = {}  # {peer whose connection broke: when that means death}
+        self._suspects: dict[int, float] = {}  # {peer whose connection broke: when}
 
-    def _join_network(self, store: Store, where: str, timeout: float) -> None:
-        """Open a second inbox if there are peers that unix sockets do not reach, or shall not."""
-        abroad = [r for r in self.peers if self._peers[r].host != host_id()]
-        self._far = frozenset(abroad if where == "ipc" else self.peers)
-        if not self._far:
-            return
-        if where in ("ipc", "tcp"):
-            where = endpoint(own_address(store, far=bool(abroad)), 0)
-        self._network = Network(self._in_context, store, self.rank, self.size, timeout, where)
-        self._rank_at |= {self._network.address_of(r): r for r in self._far}
-        self._polled.insert(1, (self._network.inbox, _IN))
+    def peer(self, rank: int) -> Peer | None:
+        return self._peers[rank]
+
+    def _check_reachable(self) -> None:
+        far = [r for r, peer in enumerate(self._peers) if peer.host != host_id()]
+        if far:
+            raise DistNetworkError(
+                f"ranks {far} are on other hosts than rank {self.rank}: transport 'zmq' connects"
+                " the ranks of one host"
+            )
 
     # ---- sending
 
@@ -181,15 +178,12 @@ class ZmqTransport(Transport):
     def _connect(self, peer: int) -> None:
         if peer not in self._connected:
             self._outbox.setsockopt(zmq.CONNECT_ROUTING_ID, self._ids[peer])
-            if self._network is not None and peer in self._far:
-                self._network.connect(self._outbox, peer)
-            else:
-                security.connect(self._outbox, self._peers[peer].address)
+            self._outbox.connect(self._peers[peer].address)
             self._connected.add(peer)
 
     def _loss_of(self, peer: int) -> PeerLost:
         """Wait until it is known whether `peer`, whose connection broke, died or said goodbye."""
-        self._suspect(peer)
+        self._suspects.setdefault(peer, time.monotonic())
         self.wait_until(lambda: peer in self.mailbox.lost, time.monotonic() + 5 * GRACE)
         loss = self.mailbox.lost.get(peer, PeerLost(peer))
         return PeerLost(peer, orderly=loss.orderly)
@@ -254,34 +248,27 @@ class ZmqTransport(Transport):
 
     def _pump(self, deadline: float) -> None:
         """Wait for one message, or for a connection to break."""
-        until = min(deadline, *self._suspects.values()) if self._suspects else deadline
+        until = min(deadline, time.monotonic() + _SUSPECT_LOOK) if self._suspects else deadline
         patience = math.ceil(seconds_left(until) * 1000)
         ready = zmq.zmq_poll(self._polled, patience)
         if not ready:
             self._judge()
-        elif ready[0][0] is not self._monitor:
-            self._receive(ready[0][0])
-        else:  # only when the inboxes are empty: a goodbye comes first
+        elif ready[0][0] is self._inbox:
+            self._receive()
+        else:  # only when the inbox is empty: a goodbye comes first
             self._note_break()
 
-    def _receive(self, inbox: Any) -> None:
-        """Take one message out of an inbox."""
-        network = self._network if inbox is not self._inbox else None
-        try:
-            frame = inbox.recv(_NOW, copy=network is None)
-        except zmq.Again:  # what is there is not a message, but whose messages will come
-            return
-        head = frame if network is None else frame.bytes
+    def _receive(self) -> None:
+        """Take one message out of the inbox."""
+        head = self._inbox.recv(_NOW)
         try:
             header, body = unpack(head)
         except WireError:
             header, body = Header(STRANGE), b""
         chunk = None
         if header.kind in (DATA, MORE, STRANGE):
-            while inbox.getsockopt(zmq.RCVMORE):
-                chunk = inbox.recv(_NOW, copy=False).buffer
-        if network is not None and not network.is_from(frame, header.src):
-            return
+            while self._inbox.getsockopt(zmq.RCVMORE):
+                chunk = self._inbox.recv(_NOW, copy=False).buffer
         if header.job != self._job or not 0 <= header.src < self.size:
             _log.warning("rank %d ignored a message that does not belong to its job", self.rank)
             return
@@ -308,19 +295,23 @@ class ZmqTransport(Transport):
         event = parse_monitor_message(self._monitor.recv_multipart(_NOW))
         peer = self._rank_at[event["endpoint"].decode()]
         if peer not in self.mailbox.lost:
-            self._suspect(peer)
-
-    def _suspect(self, peer: int) -> None:
-        grace = FAR_GRACE if peer in self._far else GRACE
-        self._suspects.setdefault(peer, time.monotonic() + grace)
+            self._suspects.setdefault(peer, time.monotonic())
 
     def _judge(self) -> None:
         """Declare dead the suspects that have not said goodbye in time."""
         now = time.monotonic()
-        for peer, expiry in list(self._suspects.items()):
-            if now >= expiry:
+        for peer, since in list(self._suspects.items()):
+            if now >= since + self._grace(peer):
                 self._suspects.pop(peer, None)
                 self.mailbox.lose(peer, PeerLost(peer))
+
+    def _grace(self, rank: int) -> float:
+        """How long a goodbye may take to be read after the connection broke."""
+        peer = self._peers[rank]
+        if peer.host != host_id() or peer.pid == self._owner:
+            return GRACE
+        state = state_of(peer.pid)
+        return 0.0 if state in STOPPED else _GRACE_ENDED if state == ENDED else GRACE
 
     def _wake(self) -> None:
         if self._pumping:
@@ -337,7 +328,7 @@ class ZmqTransport(Transport):
             self._pump(time.monotonic() + _CLOSE_LOOK)
         self._destroy(_LAST_WRITE)
         for peer, loss in self.mailbox.lost.items():
-            if not loss.orderly and self._peers[peer].host == host_id():
+            if not loss.orderly:
                 security.remove_leftover(self._peers[peer].address)
 
     def abandon(self) -> None:
@@ -376,20 +367,9 @@ class ZmqTransport(Transport):
 
     def _destroy(self, linger: float) -> None:
         self._out_context.destroy(linger=round(linger * 1000))
-        if self._network is not None:
-            self._network.close()
         self._in_context.destroy(linger=0)
         if self._listener is not None:
             self._listener.remove()
-
-
-class TcpTransport(ZmqTransport):
-    """As `ZmqTransport`, over TCP among all ranks, even those of one host: to measure and test."""
-
-    name = "tcp"
-
-    def __init__(self, store: Store, rank: int, size: int, timeout: float) -> None:
-        super().__init__(store, rank, size, timeout, where="tcp")
 
 
 def _job_of(addresses: list[str]) -> int:

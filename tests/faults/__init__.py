@@ -1,1 +1,0 @@
-"""Tests in which something goes wrong on purpose: faults, scarce resources, seeded bugs."""
