@@ -22,7 +22,15 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["LaunchEnv", "Rendezvous", "is_launched", "rendezvous", "run_identity"]
+__all__ = [
+    "LaunchEnv",
+    "Rendezvous",
+    "data_plane",
+    "is_launched",
+    "local_addr",
+    "rendezvous",
+    "run_identity",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +95,19 @@ def run_identity(environ: Mapping[str, str] = os.environ) -> str:
     if not is_launched(environ):
         return ""
     return f"{environ['TORCHELASTIC_RUN_ID']}.{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+
+
+def local_addr(environ: Mapping[str, str] = os.environ) -> str | None:
+    """DTRAIN_LOCAL_ADDR: the address at which ranks on other hosts reach this one."""
+    return environ.get("DTRAIN_LOCAL_ADDR") or None
+
+
+def data_plane(environ: Mapping[str, str] = os.environ) -> str:
+    """DTRAIN_DATA_PLANE, between ranks over TCP: "curve" (encrypted; the default), "plaintext"."""
+    chosen = environ.get("DTRAIN_DATA_PLANE") or "curve"
+    if chosen not in ("curve", "plaintext"):
+        raise ValueError(f"DTRAIN_DATA_PLANE must be curve or plaintext, got {chosen!r}")
+    return chosen
 
 
 def rendezvous(

@@ -23,6 +23,7 @@ __all__ = [
     "GroupAborted",
     "PeerLost",
     "QueueEmptyError",
+    "SecretError",
     "StoreTimeout",
     "TransportTimeout",
     "WrongSize",
@@ -87,6 +88,10 @@ class DistBackendError(DistError):
 
 class DistNetworkError(DistError):
     """An address cannot be bound or reached, or a connection broke."""
+
+
+class SecretError(DistError):
+    """The job's secret is not there, too short, or known to others; the text never holds it."""
 
 
 class DistStoreError(DistError):
@@ -233,4 +238,9 @@ class CollectiveTimeout(DistBackendError):
 
 
 class GroupAborted(DistBackendError):
-    """The call came after the group had failed or was aborted; the first failure is the cause."""
+    """The call came after the group had failed or was aborted; the first failure is the cause.
+
+    Field: `rank`, whose doing it was, where one rank aborted the group or failed in it.
+    """
+
+    rank: int | None = None

@@ -13,6 +13,7 @@ SAMPLES = [
     e.DistError("plain"),
     e.DistBackendError("backend"),
     e.DistNetworkError("network", address="tcp://127.0.0.1:1"),
+    e.SecretError("words"),
     e.StoreTimeout(1.5, ["a", "b"]),
     e.StoreTimeout(0.1, ["key"], [0, 2]),
     e.TransportTimeout(3),

@@ -17,7 +17,7 @@ from tests.imports import CORE, layer_of, may_import, violations
 from tests.tree import ROOT, python_files, sources
 
 BINDS = {"bind", "bind_to_random_port", "listen", "create_server", "start_server"}
-THE_BINDER = "dtrain/comm/security.py"
+THE_BINDER = "dtrain/comm/security/listening.py"
 NOT_SOCKETS = {"security", "inspect.signature"}
 # The launcher holds MASTER_PORT for rank 0 with a bound socket that never listens: nobody can
 # connect to it. A call of `listen` there would still be found.

@@ -30,6 +30,7 @@ from dtrain.errors import (
     CollectiveMismatch,
     CollectiveTimeout,
     DistError,
+    GroupAborted,
     PeerLost,
     from_wire,
     to_wire,
@@ -115,7 +116,10 @@ class Agreement:
         self._tell(["call", record.seq, record.signature, record.site, last])
 
     def tell_failure(self, error: BaseException) -> None:
-        """Tell everybody why this group has failed."""
+        """Tell everybody why this group has failed; of an error that is not ours, whose it was."""
+        if not isinstance(error, DistError):
+            rank, what = self._transport.rank, f"{type(error).__name__}: {error}"
+            error = GroupAborted(f"group {self._group!r}: rank {rank} failed: {what}", rank=rank)
         self._tell(["fail", to_wire(error)])
 
     def tell_leave(self, reason: str) -> None:

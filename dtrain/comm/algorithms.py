@@ -6,24 +6,35 @@ several hosts do, `island_algorithms` for what is there. Rules: 1. receives are 
 anything is sent, so that data lands where it belongs. 2. Every pair that talks checks the
 fingerprint on its first message (the channel does). A rank that would only send waits for an empty
 acknowledgement, so that it learns of a mismatch inside the call.
-3. Sums go through `reduce.combine`, in rank order. Message counts per rank, N ranks: all_reduce N-1
-below `SMALL`, else 2(N-1); reduce_scatter, all_gather, all_to_all N-1; broadcast, scatter N-1 at
-the root and 1 elsewhere; gather likewise; barrier ceil(log2 N).
+3. Sums go through `reduce.combine`, in rank order.
+
+What one rank sends, N ranks, B bytes in the array that names the call (reduce_scatter, gather: the
+part of a rank), S bytes in a rank's slice, P = max(1, ceil(S / PIECE)):
+
+    small all_reduce, all_gather, all_to_all     N-1 messages, (N-1) B bytes
+    large all_reduce (slices of equal length)    2 (N-1) P messages, 2 (N-1) S bytes
+    reduce_scatter                               (N-1) P messages, (N-1) B bytes (S = B)
+    large reduce                                 (N-1) P messages, (N-1) S bytes, and 1 of S bytes
+    broadcast, scatter                           root N-1 messages, (N-1) B bytes; others 1 empty
+    gather, small reduce                         others 1 message, B bytes; root N-1 empty ones
+    barrier                                      ceil(log2 N) empty messages
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from functools import update_wrapper
+from itertools import zip_longest
 from typing import Concatenate, ParamSpec
 
 import numpy as np
 
 from dtrain.comm import island_algorithms, window_algorithms
 from dtrain.comm.channel import Channel
-from dtrain.comm.parts import rows
+from dtrain.comm.parts import pieces, rows
 from dtrain.comm.reduce import ReduceOp, combine
-from dtrain.comm.transports.mailbox import Array
+from dtrain.comm.transports.mailbox import Array, Receive
 
 __all__ = [
     "SMALL",
@@ -38,8 +49,11 @@ __all__ = [
     "scatter",
 ]
 
-# Below this many bytes one exchange of everything beats two exchanges of slices.
-SMALL = 16 * 1024
+# Below this many bytes to all others together, one exchange of everything beats two of slices.
+SMALL = 128 * 1024
+
+# Large reductions move in messages of at most so many bytes, so that adding overlaps sending.
+PIECE = 1 << 20
 
 _NOTHING = np.empty(0, np.uint8)
 
@@ -76,10 +90,20 @@ def _exchange(channel: Channel, outgoing: Sequence[Array], incoming: Sequence[Ar
         channel.wait(receive)
 
 
-def _contributions(channel: Channel, own: Array) -> list[Array]:
-    """Room for what every rank contributes; this rank's own is `own` itself."""
-    room = np.empty((channel.size, own.size), own.dtype)
-    return [own if r == channel.rank else room[r] for r in range(channel.size)]
+def _post_from_all(channel: Channel, like: Array) -> list[Receive]:
+    """Start to receive an array like `like` from every other rank, in memory that comes with it."""
+    return [channel.post(peer, like.nbytes) for peer in channel.peers]
+
+
+def _contributions(channel: Channel, own: Array, receives: Sequence[Receive]) -> list[Array]:
+    """What every rank contributes, in rank order; `receives` are those of `_post_from_all`."""
+    found = []
+    for receive in receives:
+        channel.wait(receive)
+        assert receive.data is not None
+        found.append(receive.data.view(own.dtype))
+    found.insert(channel.rank, own)
+    return found
 
 
 def _acknowledge(channel: Channel, root: int) -> None:
@@ -91,35 +115,70 @@ def _await_acknowledgements(channel: Channel) -> None:
         channel.wait(receive)
 
 
+def _is_small(channel: Channel, buf: Array) -> bool:
+    """Whether one exchange of everything beats two exchanges of slices."""
+    return buf.nbytes * len(channel.peers) < SMALL
+
+
 @_or_through_memory
 def all_reduce(channel: Channel, buf: Array, op: ReduceOp) -> None:
     """Small: everybody sends everything and adds for himself.
 
-    Large: exchange slices, add, exchange sums.
+    Large: exchange slices, add, exchange sums; each piece goes on its way back when it is added.
     """
     flat = buf.reshape(-1)
-    if buf.nbytes < SMALL:
-        contributions = _contributions(channel, flat)
-        _exchange(channel, [flat] * channel.size, contributions)
+    if _is_small(channel, buf):
+        receives = _post_from_all(channel, flat)
+        for peer in channel.peers:
+            channel.send(peer, flat)
+        contributions = _contributions(channel, flat, receives)
         channel.flush()  # the sum overwrites what is on its way out
         combine(op, contributions, flat)
         return
-    parts = rows(flat, channel.size)
-    _reduce_parts(channel, parts, parts[channel.rank], op)
-    # No flush: what rank r sends now proves that it has my part r, so its sum may land there.
-    _exchange(channel, [parts[channel.rank]] * channel.size, parts)
+    parts = [_pieces(part) for part in rows(flat, channel.size)]
+    own = parts[channel.rank]
+    sums = _reduce_parts(channel, parts, own, op)
+    returning = [channel.post(peer, piece) for peer in channel.peers for piece in parts[peer]]
+    # No flush: what rank r sends back proves that it has my piece, so its sum may land there.
+    for piece in sums:
+        for peer in channel.peers:
+            channel.send(peer, piece)
+    for receive in returning:
+        channel.wait(receive)
 
 
-def _reduce_parts(channel: Channel, parts: Sequence[Array], out: Array, op: ReduceOp) -> None:
-    """Reduce part r of all ranks on rank r, into `out`."""
-    contributions = _contributions(channel, parts[channel.rank])
-    _exchange(channel, parts, contributions)
-    combine(op, contributions, out)
+def _pieces(part: Array) -> list[Array]:
+    """`part` (flat) in views of at most `PIECE` bytes; at least one."""
+    return [part[piece] for piece in pieces(part.size, part.itemsize, PIECE)]
+
+
+def _reduce_parts(
+    channel: Channel, parts: Sequence[Sequence[Array]], outs: Sequence[Array], op: ReduceOp
+) -> Iterator[Array]:
+    """Reduce part r of all ranks on rank r, into `outs`, piece by piece.
+
+    All receives are posted before this returns; each piece of `outs` comes out when it is complete.
+    """
+    own = parts[channel.rank]
+    arriving = deque(_post_from_all(channel, piece) for piece in own)
+
+    def run() -> Iterator[Array]:
+        for abreast in zip_longest(*(parts[peer] for peer in channel.peers)):
+            for peer, piece in zip(channel.peers, abreast, strict=True):
+                if piece is not None:
+                    channel.send(peer, piece)
+        for piece, out in zip(own, outs, strict=True):
+            combine(op, _contributions(channel, piece, arriving.popleft()), out)
+            yield out
+
+    return run()
 
 
 @_or_through_memory
 def reduce_scatter(channel: Channel, inp: Array, out: Array, op: ReduceOp) -> None:
-    _reduce_parts(channel, rows(inp, channel.size), out.reshape(-1), op)
+    parts = [_pieces(part) for part in rows(inp, channel.size)]
+    for _ in _reduce_parts(channel, parts, _pieces(out.reshape(-1)), op):
+        pass  # complete
 
 
 @_or_through_memory
@@ -129,17 +188,24 @@ def reduce(channel: Channel, buf: Array, root: int, op: ReduceOp) -> None:
     Large: each rank adds one slice, the root collects them.
     """
     flat = buf.reshape(-1)
-    if buf.nbytes < SMALL:
-        contributions = _contributions(channel, flat)
-        _to_root(channel, flat, contributions, root)
-        if channel.rank == root:
-            combine(op, contributions, flat)
+    if _is_small(channel, buf):
+        _reduce_at_root(channel, flat, root, op)
         return
     parts = rows(flat, channel.size)
     own = parts[channel.rank]
     out = own if channel.rank == root else np.empty_like(own)
-    _reduce_parts(channel, parts, out, op)
+    for _ in _reduce_parts(channel, [_pieces(part) for part in parts], _pieces(out), op):
+        pass  # complete
     _to_root(channel, out, parts, root)
+
+
+def _reduce_at_root(channel: Channel, flat: Array, root: int, op: ReduceOp) -> None:
+    contributions = [
+        flat if r == channel.rank else np.empty_like(flat) for r in range(channel.size)
+    ]
+    _to_root(channel, flat, contributions, root)
+    if channel.rank == root:
+        combine(op, contributions, flat)
 
 
 def _to_root(channel: Channel, own: Array, incoming: Sequence[Array], root: int) -> None:

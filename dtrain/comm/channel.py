@@ -120,8 +120,8 @@ class Channel:
         self._note = self._note or note_of(self._record.signature, self._record.site)
         return self._note
 
-    def post(self, src: int, out: Array) -> Receive:
-        """Start to receive `out` from `src`."""
+    def post(self, src: int, out: Array | int) -> Receive:
+        """Start to receive `out` from `src`, or so many bytes (`Receive.data`)."""
         if src in self._expected:
             return self._transport.post(src, self._tag, out)
         self._expected.add(src)

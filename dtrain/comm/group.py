@@ -308,7 +308,8 @@ class ProcessGroup:
         From any thread.
         """
         text = str(reason) if isinstance(reason, str) else f"{type(reason).__name__}: {reason}"
-        error = GroupAborted(f"group {self.name!r} was aborted by rank {self.rank}: {text}")
+        sentence = f"group {self.name!r} was aborted by rank {self.rank}: {text}"
+        error = GroupAborted(sentence, rank=self.rank)
         if isinstance(reason, BaseException):
             error.__cause__ = reason
         self._poison(error)

@@ -50,6 +50,7 @@ class Backend(str):
     FAKE: ClassVar[str] = "fake"
     LOCAL: ClassVar[str] = "local"
     SHM: ClassVar[str] = "shm"
+    TCP: ClassVar[str] = "tcp"
     ZMQ: ClassVar[str] = "zmq"
 
     def __new__(cls, name: str) -> Backend:

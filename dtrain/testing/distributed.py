@@ -6,8 +6,9 @@ its own on every rank, so that `fn` is written like a training script.
 
 from __future__ import annotations
 
+import contextlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -47,8 +48,22 @@ def run_by_name(group: ArrayGroup, module: str, function: str, *args: Any) -> An
 
 
 def _joined(fn: Callable[..., Any], args: tuple[Any, ...], group: ArrayGroup) -> Any:
+    with joined(group):
+        return fn(*args)
+
+
+@contextlib.contextmanager
+def joined(group: ArrayGroup) -> Iterator[None]:
+    """Inside the block `group` is the default group of `dtrain.distributed` for this thread.
+
+    An error that leaves the block aborts the group, so that the others learn the reason.
+    """
     with own_world() as world, use_generator(Generator()):
         world.default = ProcessGroup(group, range(group.size), "testing", "default_pg")
         world.made.append(world.default)
         world.store = group.store
-        return fn(*args)
+        try:
+            yield
+        except BaseException as error:
+            group.abort(error)
+            raise

@@ -13,7 +13,7 @@ import signal
 import socket
 from collections.abc import Mapping
 
-from dtrun import errors
+from dtrun import errors, secret
 from dtrun.group import Group, Signals, flush
 from dtrun.keeper import CANNOT_START
 from dtrun.output import make_log_dir
@@ -81,6 +81,14 @@ class Agent:
                 self._streams.say(f"dtrun: restart {left} of all workers\n")
         return errors.exit_code(errors.root_cause(failures))
 
+    def _hand_over_secret(self, run_dir: str) -> None:
+        """One node needs none that others know; several without one use each user's own."""
+        content = self._spec.secret
+        if content is None and self._spec.nnodes == 1:
+            content = secret.Secret(secret.fresh().encode())
+        if content is not None:
+            secret.hand_over(run_dir, content)
+
     def _announce(self) -> None:
         threads = threads_line(self._spec.nproc, self._environ)
         if threads:
@@ -99,6 +107,7 @@ class Agent:
             error_dir=os.path.join(self._log_dir, name),
         )
         os.mkdir(attempt.run_dir, 0o700)
+        self._hand_over_secret(attempt.run_dir)
         group = Group(self._spec, attempt, self._streams, self._environ)
         failures = group.run(self._selector, self._signals)
         self._received = group.supervisor.received

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from dtrun import keeper, options, output
+from dtrun import keeper, options, output, secret
 from dtrun.agent import Agent
 from dtrun.keeper import CANNOT_START
 from dtrun.rendezvous import make_run_dir, remove_run_dir
@@ -21,7 +21,7 @@ from dtrun.spec import Spec
 
 # torchrun has these too.
 NOT_YET = (
-    *("--start-method", "--event-log-handler", "--run-path", "--local-addr", "--logs-specs"),
+    *("--start-method", "--event-log-handler", "--run-path", "--logs-specs"),
     *("--duplicate-stdout-filters", "--duplicate-stderr-filters", "--numa-binding"),
     *("--signals-to-handle", "--shutdown-timeout", "--virtual-local-rank", "--print-completion"),
 )
@@ -59,7 +59,8 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="dtrun",
         usage="dtrun [flags] training_script [script arguments]",
-        description="Start the ranks of a distributed program on this machine and watch them. "
+        description="Start the ranks of a distributed program on this machine and watch them; "
+        "or, as dtrun keygen, print a new secret for --secret-file. "
         "Each flag takes its default from PET_<NAME>, as in torchrun.",
         allow_abbrev=False,
     )
@@ -85,6 +86,10 @@ def make_parser() -> Parser:
     add("--rdzv-endpoint", default="", metavar="HOST[:PORT]", help="as --master-addr and -port")
     add("--rdzv-id", default=options.NO_RUN_ID, help="the run id; one node alone makes one up")
     add("--rdzv-conf", default="", help="not supported yet")
+    add("--local-addr", default="", metavar="HOST", help="this node, as the others reach it")
+    file = os.environ.get("DTRAIN_SECRET_FILE", "")
+    add("--secret-file", default=file, metavar="PATH", help="of several nodes: see dtrun keygen")
+    add("--data-plane", default="curve", metavar="MODE", help="plaintext: tensors unencrypted")
     parser.add_argument("training_script", nargs="?", help="script, module (-m) or program")
     parser.add_argument("training_script_args", nargs=argparse.REMAINDER)
     return parser
@@ -104,7 +109,11 @@ def parse(argv: Sequence[str]) -> Spec:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run dtrun and return its exit code; see `dtrun.agent` for what the code says."""
     output.open_standard_descriptors()
-    spec = parse(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    if list(argv) == ["keygen"]:
+        print(secret.fresh(), end="")
+        return 0
+    spec = parse(argv)
     try:
         run_dir = make_run_dir(os.environ)
     except OSError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 
+from dtrun import secret
 from dtrun.spec import MODULE, PROGRAM, SCRIPT, Spec, cores
 
 DEFAULT_PORT = 29500  # torchrun's, for several nodes; on one node a free port is reserved
@@ -44,6 +45,9 @@ def spec_from(given: argparse.Namespace) -> Spec:
         tee=tee,
         shown=shown(given.local_ranks_filter, nproc),
         prefix=prefix(given.log_line_prefix_template, nproc),
+        secret=secret.read(given.secret_file) if given.secret_file else None,
+        local_addr=given.local_addr,
+        data_plane=data_plane(given.data_plane),
     )
 
 
@@ -73,6 +77,13 @@ def run_id(given: argparse.Namespace, nnodes: int) -> str:
     if given.standalone or (nnodes == 1 and given.rdzv_id == NO_RUN_ID):
         return os.urandom(8).hex()
     return str(given.rdzv_id)
+
+
+def data_plane(text: str) -> str:
+    """curve or plaintext."""
+    if text not in ("curve", "plaintext"):
+        raise ValueError(f"--data-plane must be curve or plaintext, got {text!r}")
+    return text
 
 
 def restarts(count: int, nnodes: int) -> int:

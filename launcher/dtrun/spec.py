@@ -12,6 +12,8 @@ import sys
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from dtrun.secret import Secret
+
 STDOUT, STDERR = 1, 2  # bits of a redirection, as in torchrun's -r and -t
 SCRIPT, MODULE, PROGRAM = "script", "module", "program"
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -37,6 +39,9 @@ class Spec(NamedTuple):
     tee: tuple[int, ...] = (0,)
     shown: frozenset[int] | None = None  # local ranks seen on the console; None: all
     prefix: str = ""  # template of the console prefix, "" for none
+    secret: Secret | None = None  # content of --secret-file
+    local_addr: str = ""  # of this node, for ranks on others; "": the one that reaches rank 0
+    data_plane: str = "curve"
 
     @property
     def world_size(self) -> int:
@@ -97,6 +102,10 @@ def environment(
         "TORCHELASTIC_ERROR_FILE": error_file(attempt, local_rank),
         "DTRAIN_RUN_DIR": attempt.run_dir,
     }
+    if spec.local_addr:
+        own["DTRAIN_LOCAL_ADDR"] = spec.local_addr
+    if spec.data_plane != "curve":
+        own["DTRAIN_DATA_PLANE"] = spec.data_plane
     threads = threads_per_rank(spec.nproc, base)
     if threads is not None:
         own |= dict.fromkeys(THREAD_VARIABLES, threads)

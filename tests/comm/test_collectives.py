@@ -90,16 +90,19 @@ def _sent(group, kind, count):
 def _expected(kind, rank, n, count):
     """The closed forms of the docstring of `algorithms`, for float32."""
     b = 4 * count
-    others, large = n - 1, b >= algorithms.SMALL
+    others, large = n - 1, b * (n - 1) >= algorithms.SMALL
     part = [4 * (s.stop - s.start) for s in slices(count, n)]
-    if kind == "all_reduce":
-        exchanges = 2 * others, (b - part[rank]) + others * part[rank]
-        return exchanges if large else (others, others * b)
-    if kind == "reduce":
+    pieces = [max(1, math.ceil(each / algorithms.PIECE)) for each in part]
+    to_others = sum(pieces) - pieces[rank]
+    if kind == "all_reduce" and large:
+        return to_others + others * pieces[rank], (b - part[rank]) + others * part[rank]
+    if kind == "reduce" and large:
         root = n // 2
-        if large:
-            return (2 * others, b - part[root]) if rank == root else (n, b)
-        return (others, 0) if rank == root else (1, b)
+        return (to_others + others, b - part[root]) if rank == root else (to_others + 1, b)
+    if kind == "reduce_scatter":
+        return others * max(1, math.ceil(b / algorithms.PIECE)), others * b
+    if kind == "reduce":
+        return (others, 0) if rank == n // 2 else (1, b)
     if kind == "broadcast":
         return (others, others * b) if rank == n - 1 else (1, 0)
     if kind == "scatter":
@@ -110,15 +113,44 @@ def _expected(kind, rank, n, count):
         return math.ceil(math.log2(n)), 0
     if kind == "all_to_all":
         return others, sum((rank + to) % 3 for to in range(n) if to != rank) * b
-    return others, others * b  # all_gather, reduce_scatter
+    return others, others * b  # all_gather, small all_reduce
 
 
 @pytest.mark.parametrize("kind", COLLECTIVES)
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
-def test_messages_and_bytes_are_the_closed_forms(kind, size):
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8])
+def test_messages_and_bytes_are_the_closed_forms(kind, size, monkeypatch):
+    """Large means here 40 KB to all others together, in pieces of 8 KB."""
+    monkeypatch.setattr(algorithms, "SMALL", 40_000)
+    monkeypatch.setattr(algorithms, "PIECE", 8_000)
     for count in (0, 7, 20_003):
         sent = run_world(size, _sent, kind, count)
         assert sent == [_expected(kind, r, size, count) for r in range(size)], count
+
+
+@pytest.mark.parametrize("kind", ["all_reduce", "reduce", "reduce_scatter"])
+def test_messages_and_bytes_are_the_same_over_sockets(kind):
+    """800,009 numbers are 3.2 MB: slices of two pieces."""
+    sent = run_world(3, _sent, kind, 800_009, transport="zmq")
+    assert sent == [_expected(kind, r, 3, 800_009) for r in range(3)]
+
+
+def test_pieces_and_slices_do_not_change_a_bit(monkeypatch):
+    """Sums of numbers of very different size, in one piece, in many, and with everything sent."""
+
+    def numbers(rank):
+        rng = np.random.default_rng(rank)
+        return (rng.normal(size=10_001) * 10.0 ** rng.integers(-20, 20, 10_001)).astype(np.float32)
+
+    def add(group):
+        buf = numbers(group.rank)
+        everybody = [c.AllReduce(numbers(rank)) for rank in range(group.size)]
+        group.submit(c.AllReduce(buf))
+        assert buf.tobytes() == c.AllReduce.reference(everybody)[0].tobytes()
+
+    for small, piece in ((0, 1 << 20), (0, 1_000), (1 << 20, 1_000)):
+        monkeypatch.setattr(algorithms, "SMALL", small)
+        monkeypatch.setattr(algorithms, "PIECE", piece)
+        run_world(4, add)
 
 
 def test_all_transports_give_the_same_bits():

@@ -12,10 +12,10 @@ HEAD = textwrap.dedent(
     """
     import os, signal, sys, threading, time
     import dtrain as torch
-    from dtrain.comm import security
+    from dtrain.comm.security import sockets
 
     dist = torch.distributed
-    security.HEARTBEAT_MS, security.HEARTBEAT_TIMEOUT_MS = 200, 700
+    sockets.HEARTBEAT = sockets.Heartbeat(200, 700)
     dist.init_process_group(sys.argv[1])
     rank = dist.get_rank()
     x = torch.ones(4)

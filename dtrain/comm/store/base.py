@@ -324,6 +324,10 @@ class Store(ABC):
     def clone(self) -> Store:
         """Another client of the same keys, with a `timeout` of its own; close it like this one."""
 
+    def network_host(self) -> str | None:
+        """The host at which a network reaches the store; None for a store that is not on one."""
+        return None
+
     def gather(
         self, key: str, rank: int, size: int, value: bytes, timeout: Timeout | None = None
     ) -> list[bytes]:

@@ -46,5 +46,9 @@ class PrefixStore(Store):
         """The same part of the same underlying store object, which is not cloned."""
         return PrefixStore(self.prefix, self.underlying_store)
 
+    def network_host(self) -> str | None:
+        """That of the underlying store."""
+        return self.underlying_store.network_host()
+
     def close(self) -> None:
         """Nothing to give back: the underlying store is its owner's."""

@@ -3,7 +3,8 @@
 Owns: `StoreServer`, one thread around a ROUTER socket and a `Table`; `TcpStore`, its client. Rules:
 1. a command that has to wait is parked in the server until it can be answered or its time is over:
 nobody polls, and every command is one round trip. 2. Requests and replies are msgpack. 3. The
-server lives until it is closed.
+server lives until it is closed. 4. Both ends prove that they know the job's secret before a byte is
+read; the thread that serves also answers at the gate.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from types import TracebackType
 from typing import Any, Self
 
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
 from dtrain.comm import security
+from dtrain.comm.security.addresses import endpoint
 from dtrain.comm.store.base import (
     DEFAULT_TIMEOUT,
     MUTATING,
@@ -63,14 +66,16 @@ class _Parked:
 
 
 class StoreServer:
-    """Serves a store on `host`:`port` (0 takes a free port.
+    """Serves a store on `host`:`port` (0 takes a free port, see `address`, `port`) until `close`.
 
-    See `address`, `port`) until `close`; or on `listen_fd`, a socket that listens already.
+    `listen_fd` is a socket that listens already. Clients are those that know the job's secret.
+    Raises `SecretError`, `DistNetworkError`.
     """
 
     def __init__(
         self, host: str = "127.0.0.1", port: int = 0, *, listen_fd: int | None = None
     ) -> None:
+        keys = security.store_keys()
         self._context = security.context()
         self._socket = security.open_socket(
             self._context, zmq.ROUTER, max_frame=security.MAX_STORE_FRAME, receive_limit=1000
@@ -78,7 +83,10 @@ class StoreServer:
         try:
             if listen_fd is not None:
                 host, port = _bound_to(listen_fd)
-            where = f"tcp://{host}:{port}"
+            self._gate = security.Gate(self._context, keys.server)
+            self._gate.admit({keys.client.public: "client"})
+            self._gate.protect(self._socket)
+            where = endpoint(host, port)
             self.address = security.listen(self._socket, where, listen_fd=listen_fd).address
         except BaseException:
             self._context.destroy(linger=0)
@@ -118,15 +126,25 @@ class StoreServer:
         self.close()
 
     def _serve(self) -> None:
-        sockets: Any = [(self._socket, zmq.POLLIN), (self._stop_read, zmq.POLLIN)]
+        gate = self._gate.socket
+        sockets: Any = [(s, zmq.POLLIN) for s in (self._socket, gate, self._stop_read)]
         while True:
             ready: list[Any] = [s for s, _ in zmq.zmq_poll(sockets, self._patience())]
             if self._stop_read in ready:
                 return
-            if self._socket in ready:
-                client, *frames = self._socket.recv_multipart()
+            if gate in ready:
+                self._gate.answer()
+            if self._socket in ready and (request := self._take()):
+                client, *frames = request
                 self._handle(client, b"".join(frames))
             self._expire()
+
+    def _take(self) -> list[bytes]:
+        """The next request, or nothing: a new connection's credentials alone wake us too."""
+        try:
+            return self._socket.recv_multipart(zmq.DONTWAIT)
+        except zmq.Again:
+            return []
 
     def _patience(self) -> int:
         """Milliseconds until the first parked command has to be answered; -1: none is parked."""
@@ -224,7 +242,8 @@ class TcpStore(Store):
         super().__init__(timeout)
         self._server = StoreServer(host, port, listen_fd=listen_fd) if is_master else None
         self.host, self.port = host, self._server.port if self._server else port
-        self._address = f"tcp://{host}:{self.port}"
+        self._address = endpoint(host, self.port)
+        self._keys = security.store_keys()
         self._context = security.context()
         self._owner = os.getpid()
         self._numbers = itertools.count(1)
@@ -255,7 +274,9 @@ class TcpStore(Store):
         with self._lock:
             if self._closed:
                 raise DistStoreError(f"the store client of {self._address} is closed")
-            return self._idle.pop() if self._idle else _Line(self._context, self._address)
+            if self._idle:
+                return self._idle.pop()
+            return _Line(self._context, self._address, self._keys)
 
     def _return_line(self, line: _Line, *, reusable: bool) -> None:
         with self._lock:
@@ -267,6 +288,10 @@ class TcpStore(Store):
     def clone(self) -> TcpStore:
         """One more client; the server stays with this one if it is the master."""
         return type(self)(self.host, self.port, timeout=self.timeout)
+
+    def network_host(self) -> str | None:
+        """The host that was given."""
+        return self.host
 
     def close(self) -> None:
         """Close the connections and, on the master, the server.
@@ -285,15 +310,17 @@ class TcpStore(Store):
 class _Line:
     """One connection to the server, used by one thread at a time."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], address: str, keys: security.StoreKeys
+    ) -> None:
         self.address = address
         self.answered = True
         self._socket = security.open_socket(
             context, zmq.DEALER, max_frame=security.MAX_STORE_FRAME, reconnect=True
         )
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | security.REFUSED)
         try:
-            self._socket.connect(address)
+            security.connect(self._socket, address, keys.client, keys.server.public)
         except zmq.ZMQError as error:
             self.close()
             raise DistNetworkError(f"cannot connect to {address}: {error.strerror}") from error
@@ -309,10 +336,21 @@ class _Line:
         if self._socket in ready:
             return self._read(number)
         if self._monitor in ready:
-            raise DistStoreError(f"the store at {self.address} has closed the connection")
+            raise self._broken()
         why = f"no answer from the store at {self.address} to {request[0]!r} for"
         first = request[1][0] if request[1] else []
         raise StoreTimeout(timeout, first if isinstance(first, list) else [first], why=why)
+
+    def _broken(self) -> DistStoreError:
+        event = parse_monitor_message(self._monitor.recv_multipart())["event"]
+        if event & security.REFUSED:
+            return DistStoreError(
+                f"who listens at {self.address} and this process do not know each other: it is not"
+                " a store of this job, or one of the two has another secret, run id, attempt or"
+                " version of dtrain. Ranks on several hosts need the same secret: dtrun keygen >"
+                " FILE, then dtrun --secret-file FILE on each (DTRAIN_SECRET_FILE without dtrun)"
+            )
+        return DistStoreError(f"the store at {self.address} has closed the connection")
 
     def _read(self, number: int) -> Any:
         header, body = unpack(self._socket.recv())

@@ -165,8 +165,9 @@ class Transport(ABC):
         self.messages_sent += 1
         self.bytes_sent += buf.nbytes
 
-    def post(self, src: int, tag: int, out: Array, accept: Accept | None = None) -> Receive:
-        """Start to receive into the C-contiguous `out`; does not wait. `src` may be `ANY_SOURCE`.
+    def post(self, src: int, tag: int, out: Array | int, accept: Accept | None = None) -> Receive:
+        """Start to receive into the C-contiguous `out`, or that many bytes into memory that comes
+        with the message (`Receive.data`); does not wait. `src` may be `ANY_SOURCE`.
 
         `accept(source, note, nbytes)` may raise to refuse the message before `out` is touched.
         """
@@ -277,6 +278,7 @@ Factory = Callable[[Store, int, int, float], Transport]
 _factories: dict[str, Factory | str] = {
     "local": "dtrain.comm.transports.local:LocalTransport",
     "shm": "dtrain.comm.transports.shm:ShmTransport",
+    "tcp": "dtrain.comm.transports.zmq:TcpTransport",
     "zmq": "dtrain.comm.transports.zmq:ZmqTransport",
 }
 

@@ -34,14 +34,24 @@ def as_bytes(array: Array) -> npt.NDArray[np.uint8]:
     return array.reshape(-1).view(np.uint8)
 
 
+_NOTHING = np.empty(0, np.uint8)
+
+
 class Receive:
-    """One posted receive. `done` may be read at any time; `source` and `error` once it is done."""
+    """One posted receive. `done` may be read at any time; `source` and `error` once it is done.
 
-    __slots__ = ("accept", "done", "error", "out", "source", "src", "tag")
+    It fills `out`; where only a number of bytes is given instead, `data` is memory that came with
+    the message (of a message in one chunk, which nobody else keeps, the chunk itself: no copy).
+    """
 
-    def __init__(self, src: int, tag: int, out: Array, accept: Accept | None) -> None:
+    __slots__ = ("accept", "data", "done", "error", "nbytes", "source", "src", "tag")
+
+    def __init__(self, src: int, tag: int, out: Array | int, accept: Accept | None) -> None:
         self.src, self.tag = src, tag
-        self.out = as_bytes(out)
+        self.nbytes = out if isinstance(out, int) else out.nbytes
+        self.data = (
+            _NOTHING if self.nbytes == 0 else None if isinstance(out, int) else as_bytes(out)
+        )
         self.accept = accept
         self.source = src
         self.done = False
@@ -55,8 +65,18 @@ class Receive:
         """Refuse a message that does not fit, before one byte of it is written."""
         if self.accept is not None:
             self.accept(source, note, nbytes)
-        if nbytes != self.out.nbytes:
-            raise WrongSize(source, nbytes, self.out.nbytes)
+        if nbytes != self.nbytes:
+            raise WrongSize(source, nbytes, self.nbytes)
+
+    def write(self, start: int, chunk: Any, owned: bool) -> int:
+        """Take in the `chunk` that begins at byte `start` of the message; returns where it ends."""
+        data = np.frombuffer(chunk, np.uint8)
+        if self.data is None:
+            whole = owned and data.size == self.nbytes and data.flags.writeable
+            self.data = data if whole else np.empty(self.nbytes, np.uint8)
+        if self.data is not data:
+            self.data[start : start + data.size] = data
+        return start + data.size
 
 
 class Incoming:
@@ -82,24 +102,18 @@ class Incoming:
             self.receive = receive
             self.got, waiting = 0, self.chunks
             for chunk in waiting:
-                self._copy(chunk)
+                self.got = receive.write(self.got, chunk, True)
         self.chunks = []
         self._settle()
 
-    def write(self, chunk: Any) -> None:
+    def write(self, chunk: Any, owned: bool) -> None:
         if self.receive is not None:
-            self._copy(chunk)
+            self.got = self.receive.write(self.got, chunk, owned)
         else:
             self.got += len(chunk)
             if not self.refused:
-                self.chunks.append(chunk)
+                self.chunks.append(chunk if owned else bytearray(chunk))
         self._settle()
-
-    def _copy(self, chunk: Any) -> None:
-        data = np.frombuffer(chunk, np.uint8)
-        assert self.receive is not None
-        self.receive.out[self.got : self.got + data.size] = data
-        self.got += data.size
 
     def _settle(self) -> None:
         if self.got == self.nbytes and self.receive is not None:
@@ -207,9 +221,7 @@ class Mailbox:
                 self._write(incoming, chunk, True)
 
     def _write(self, incoming: Incoming, chunk: Any, owned: bool) -> None:
-        if incoming.receive is None and not owned:
-            chunk = bytes(chunk)
-        incoming.write(chunk)
+        incoming.write(chunk, owned)
         if incoming.got >= incoming.nbytes:
             del self._arriving[incoming.src]
             self._moved()

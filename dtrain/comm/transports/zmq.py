@@ -1,15 +1,16 @@
-"""Ranks as processes (or threads): messages over unix sockets on one host, or over TCP on loopback.
+"""Ranks as processes (or threads): messages over unix sockets on one host, over TCP between hosts.
 
 Owns: two sockets per rank. `inbox` (DEALER, bound) takes what everybody sends; `outbox` (ROUTER,
 connecting) has one connection per peer, made when the peer is first talked to or waited for. Its
 monitor sees connections break. A message is [header + note | first chunk] and, if longer than a
-chunk, further [header | chunk] messages.
+chunk, further [header | chunk] messages. Where ranks are on several hosts each has a second inbox
+(`Network`) for those on others.
 
 [Note: how a death is told from a goodbye] A rank that closes sends GOODBYE behind everything else
 to every peer, waits until that is written, and only then closes its inbox. Everybody who waits for
 a rank holds a connection to its inbox. So a connection that breaks, or is refused, means: the
-goodbye is here, or will be read within `GRACE` (both are in this host's kernel), or there is none,
-and the peer has died.
+goodbye is here, or will be read within `GRACE` (both are in this host's kernel; between hosts they
+travel on two connections, hence `FAR_GRACE`), or there is none, and the peer has died.
 """
 
 from __future__ import annotations
@@ -22,26 +23,29 @@ import os
 import threading
 import time
 from collections import deque
+from typing import Any
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from dtrain.comm import security
+from dtrain.comm.security.addresses import endpoint
 from dtrain.comm.store.base import Store
 from dtrain.comm.topology import host_id
 from dtrain.comm.transports.base import Peer, Transport, rendezvous, seconds_left
 from dtrain.comm.transports.mailbox import ANY_SOURCE, Array, as_bytes
-from dtrain.errors import DistNetworkError, PeerLost, TransportTimeout
+from dtrain.comm.transports.network import Network, own_address
+from dtrain.errors import PeerLost, TransportTimeout
 from dtrain.processes import ENDED, STOPPED, state_of
 from dtrain.wire import CHUNK, Header, WireError, pack, unpack
 
-__all__ = ["ZmqTransport"]
+__all__ = ["TcpTransport", "ZmqTransport"]
 
 # Kinds of messages. INLINE carries note and payload behind its header, DATA and MORE in a second
 # frame; STRANGE is no message of ours.
 INLINE, DATA, MORE, NEWS, GOODBYE, WAKE, STRANGE = range(7)
 
-GRACE = 0.2
+GRACE, FAR_GRACE = 0.2, 0.5
 # As soon as its process has ended, all that it ever sent is in this host's kernel.
 _GRACE_ENDED = 0.03
 _SUSPECT_LOOK = 0.005
@@ -65,7 +69,6 @@ _log = logging.getLogger("dtrain.comm")
 
 # Plain numbers: operations on pyzmq's enums cost microseconds.
 _IN, _MORE, _NOW = int(zmq.POLLIN), int(zmq.SNDMORE), int(zmq.DONTWAIT)
-_BROKEN = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 
 
 class _Unreachable(Exception):
@@ -75,9 +78,9 @@ class _Unreachable(Exception):
 class ZmqTransport(Transport):
     """One rank's end of a group over ZeroMQ.
 
-    `where` is "ipc" (unix sockets, the default) or "tcp://127.0.0.1". Sending is zero-copy for
-    arrays of 64 KiB and more; receiving copies once, from the socket's frame to where the array
-    belongs.
+    `where` is "ipc" (the default: unix sockets among ranks of one host, TCP between hosts), "tcp"
+    for TCP among all, or "tcp://HOST" to say by which address. Sending is zero-copy for arrays of
+    64 KiB and more; receiving copies once, from the socket's frame to where the array belongs.
     """
 
     name = "zmq"
@@ -87,6 +90,7 @@ class ZmqTransport(Transport):
     ) -> None:
         super().__init__(rank, size)
         self._listener: security.Listener | None = None
+        self._network: Network | None = None
         # Two contexts, because they end at different times: first all is sent, then the inbox goes.
         self._in_context, self._out_context = security.context(), security.context()
         try:
@@ -97,14 +101,14 @@ class ZmqTransport(Transport):
 
     def _open(self, store: Store, where: str, timeout: float) -> None:
         self._inbox = security.open_socket(self._in_context, zmq.DEALER)
-        self._listener = security.listen(self._inbox, where)
+        self._listener = security.listen(self._inbox)
         self._outbox = security.open_socket(self._out_context, zmq.ROUTER)
-        self._monitor = self._outbox.get_monitor_socket(_BROKEN)
-        self._polled = [(self._inbox, _IN), (self._monitor, _IN)]
+        self._monitor = self._outbox.get_monitor_socket(security.BROKEN)
         self._peers = rendezvous(store, self.rank, self.size, self._listener.address, timeout)
-        self._check_reachable()
         addresses = [peer.address for peer in self._peers]
         self._rank_at = {address: r for r, address in enumerate(addresses)}
+        self._polled = [(self._inbox, _IN), (self._monitor, _IN)]  # in this order
+        self._join_network(store, where, timeout)
         self._job = _job_of(addresses)
         self._ids = [f"r{r}".encode() for r in range(self.size)]
         self._connected: set[int] = set()
@@ -118,13 +122,17 @@ class ZmqTransport(Transport):
     def peer(self, rank: int) -> Peer | None:
         return self._peers[rank]
 
-    def _check_reachable(self) -> None:
-        far = [r for r, peer in enumerate(self._peers) if peer.host != host_id()]
-        if far:
-            raise DistNetworkError(
-                f"ranks {far} are on other hosts than rank {self.rank}: transport 'zmq' connects"
-                " the ranks of one host"
-            )
+    def _join_network(self, store: Store, where: str, timeout: float) -> None:
+        """Open a second inbox if there are peers that unix sockets do not reach, or shall not."""
+        abroad = [r for r in self.peers if self._peers[r].host != host_id()]
+        self._far = frozenset(abroad if where == "ipc" else self.peers)
+        if not self._far:
+            return
+        if where in ("ipc", "tcp"):
+            where = endpoint(own_address(store, far=bool(abroad)), 0)
+        self._network = Network(self._in_context, store, self.rank, self.size, timeout, where)
+        self._rank_at |= {self._network.address_of(r): r for r in self._far}
+        self._polled.insert(1, (self._network.inbox, _IN))
 
     # ---- sending
 
@@ -178,7 +186,10 @@ class ZmqTransport(Transport):
     def _connect(self, peer: int) -> None:
         if peer not in self._connected:
             self._outbox.setsockopt(zmq.CONNECT_ROUTING_ID, self._ids[peer])
-            self._outbox.connect(self._peers[peer].address)
+            if self._network is not None and peer in self._far:
+                self._network.connect(self._outbox, peer)
+            else:
+                security.connect(self._outbox, self._peers[peer].address)
             self._connected.add(peer)
 
     def _loss_of(self, peer: int) -> PeerLost:
@@ -253,22 +264,29 @@ class ZmqTransport(Transport):
         ready = zmq.zmq_poll(self._polled, patience)
         if not ready:
             self._judge()
-        elif ready[0][0] is self._inbox:
-            self._receive()
-        else:  # only when the inbox is empty: a goodbye comes first
+        elif ready[0][0] is not self._monitor:
+            self._receive(ready[0][0])
+        else:  # only when the inboxes are empty: a goodbye comes first
             self._note_break()
 
-    def _receive(self) -> None:
-        """Take one message out of the inbox."""
-        head = self._inbox.recv(_NOW)
+    def _receive(self, inbox: Any) -> None:
+        """Take one message out of an inbox."""
+        network = self._network if inbox is not self._inbox else None
+        try:
+            frame = inbox.recv(_NOW, copy=network is None)
+        except zmq.Again:  # what is there is not a message, but whose messages will come
+            return
+        head = frame if network is None else frame.bytes
         try:
             header, body = unpack(head)
         except WireError:
             header, body = Header(STRANGE), b""
         chunk = None
         if header.kind in (DATA, MORE, STRANGE):
-            while self._inbox.getsockopt(zmq.RCVMORE):
-                chunk = self._inbox.recv(_NOW, copy=False).buffer
+            while inbox.getsockopt(zmq.RCVMORE):
+                chunk = inbox.recv(_NOW, copy=False).buffer
+        if network is not None and not network.is_from(frame, header.src):
+            return
         if header.job != self._job or not 0 <= header.src < self.size:
             _log.warning("rank %d ignored a message that does not belong to its job", self.rank)
             return
@@ -308,7 +326,9 @@ class ZmqTransport(Transport):
     def _grace(self, rank: int) -> float:
         """How long a goodbye may take to be read after the connection broke."""
         peer = self._peers[rank]
-        if peer.host != host_id() or peer.pid == self._owner:
+        if peer.host != host_id():
+            return FAR_GRACE
+        if peer.pid == self._owner:
             return GRACE
         state = state_of(peer.pid)
         return 0.0 if state in STOPPED else _GRACE_ENDED if state == ENDED else GRACE
@@ -328,7 +348,7 @@ class ZmqTransport(Transport):
             self._pump(time.monotonic() + _CLOSE_LOOK)
         self._destroy(_LAST_WRITE)
         for peer, loss in self.mailbox.lost.items():
-            if not loss.orderly:
+            if not loss.orderly and self._peers[peer].host == host_id():
                 security.remove_leftover(self._peers[peer].address)
 
     def abandon(self) -> None:
@@ -367,9 +387,20 @@ class ZmqTransport(Transport):
 
     def _destroy(self, linger: float) -> None:
         self._out_context.destroy(linger=round(linger * 1000))
+        if self._network is not None:
+            self._network.close()
         self._in_context.destroy(linger=0)
         if self._listener is not None:
             self._listener.remove()
+
+
+class TcpTransport(ZmqTransport):
+    """As `ZmqTransport`, over TCP among all ranks, even those of one host: to measure and test."""
+
+    name = "tcp"
+
+    def __init__(self, store: Store, rank: int, size: int, timeout: float) -> None:
+        super().__init__(store, rank, size, timeout, where="tcp")
 
 
 def _job_of(addresses: list[str]) -> int:

@@ -1,19 +1,15 @@
-"""The only place that opens ZeroMQ contexts and sockets, sets their limits, and binds.
+"""The only place that binds: what may be listened on, and the directories of unix sockets.
 
-Owns: every socket option of the project, the addresses that may be bound, the directories of unix
-sockets. Rules: 1. a socket listens on loopback, or on a unix path inside a directory of mode 0700;
-on nothing else. (The abstract unix socket over which ranks of one host give each other memory has
-no path; who accepts there refuses other users.) 2. A frame has a maximum size that is checked
-before it is allocated. 3. Nothing is dropped silently and nothing lingers: LINGER is 0 unless a
-close asks for time to deliver. 4. A broken connection stays broken; a peer that comes back is a new
-peer.
+Rules: 1. a socket listens behind a gate on one TCP address, or on a unix path inside a directory of
+mode 0700, or without a gate, when told so, on a private TCP address; on nothing else, and never on
+every address of the machine. (The abstract unix socket over which ranks of one host give each other
+memory has no path; who accepts there refuses other users.) 2. Options that keep strangers out are
+read back after the bind.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import ipaddress
 import os
 import secrets
 import shutil
@@ -25,86 +21,28 @@ from pathlib import Path
 
 import zmq
 
+from dtrain.comm.security.addresses import bindable
+from dtrain.comm.security.sockets import BACKLOG, PROTECTION
 from dtrain.errors import DistNetworkError
-from dtrain.wire import CHUNK
 
 __all__ = [
+    "GATE",
     "Listener",
-    "context",
     "listen",
     "listen_nameless",
-    "open_socket",
     "process_of",
     "remove_leftover",
     "same_user",
-    "silence",
 ]
 
 # sun_path holds 108 bytes with the closing zero.
 MAX_UNIX_PATH = 107
 
-MAX_FRAME = CHUNK + 64 * 1024
-MAX_STORE_FRAME = 64 << 20
-
-_HANDSHAKE_MS = 10_000
-_BACKLOG = 1024
-# The I/O thread answers heartbeats by itself, so that only a stopped or unreachable process misses
-# them.
-HEARTBEAT_MS = 1_000
-HEARTBEAT_TIMEOUT_MS = 4_000
-
-
-def silence() -> float:
-    """Seconds for which a rank may be stopped: the others notice before its connections break."""
-    return (HEARTBEAT_TIMEOUT_MS - HEARTBEAT_MS) / 1000
-
+# Where libzmq looks for the gate of a context (RFC 27).
+GATE = "inproc://zeromq.zap.01"
 
 _PREFIX = "dtrain-"  # followed by the process id
 _SOCKET = "s"
-
-
-def context() -> zmq.Context[zmq.Socket[bytes]]:
-    """A context of its own for each transport and store: closing it gives everything back at a
-    known moment.
-    """
-    made: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    made.setsockopt(zmq.BLOCKY, False)
-    made.setsockopt(zmq.MAX_SOCKETS, 4096)
-    return made
-
-
-def open_socket(
-    ctx: zmq.Context[zmq.Socket[bytes]],
-    kind: int,
-    *,
-    max_frame: int = MAX_FRAME,
-    receive_limit: int = 64,
-    reconnect: bool = False,
-) -> zmq.Socket[bytes]:
-    """A socket with the project's options.
-
-    The queue of what is sent has no limit (it holds references to arrays, and a limit would block
-    or drop); the queue of what was received holds `receive_limit` frames per peer, the rest stays
-    with the sender.
-    """
-    socket = ctx.socket(kind)
-    options = {
-        zmq.LINGER: 0,
-        zmq.MAXMSGSIZE: max_frame,
-        zmq.HANDSHAKE_IVL: _HANDSHAKE_MS,
-        zmq.HEARTBEAT_IVL: HEARTBEAT_MS,
-        zmq.HEARTBEAT_TIMEOUT: HEARTBEAT_TIMEOUT_MS,
-        zmq.HEARTBEAT_TTL: HEARTBEAT_TIMEOUT_MS,
-        zmq.BACKLOG: _BACKLOG,
-        zmq.SNDHWM: 0,
-        zmq.RCVHWM: receive_limit,
-        zmq.RECONNECT_IVL: 50 if reconnect else -1,
-    }
-    if kind == zmq.ROUTER:
-        options[zmq.ROUTER_MANDATORY] = 1
-    for option, value in options.items():
-        socket.setsockopt(option, value)
-    return socket
 
 
 @dataclass(slots=True)
@@ -122,33 +60,54 @@ class Listener:
 
 
 def listen(
-    socket: zmq.Socket[bytes], where: str = "ipc", *, listen_fd: int | None = None
+    socket: zmq.Socket[bytes],
+    where: str = "ipc",
+    *,
+    plain: bool = False,
+    listen_fd: int | None = None,
 ) -> Listener:
     """Bind `socket`; with `listen_nameless` the only call of `bind` in the project.
 
-    `where`: "ipc" for a unix socket in a fresh directory of mode 0700, or "tcp://HOST[:PORT]" with
-    a loopback host; port 0 (the default) takes a free one. `listen_fd` is a socket that listens
-    there already, and stays the caller's. Raises `DistNetworkError` for an address that is taken or
-    not allowed.
+    `where`: "ipc" for a unix socket in a fresh directory of mode 0700, "tcp://HOST[:PORT]" (port 0,
+    the default, takes a free one) for a socket that a gate protects, or `GATE` for the gate itself.
+    `plain` does without a gate, on private addresses. `listen_fd` is a socket that listens there
+    already, and stays the caller's. Raises `DistNetworkError` for an address that is taken or not
+    allowed. Blocks while a name is looked up.
     """
     directory = None
     if where == "ipc":
         directory = _fresh_directory()
         where = f"ipc://{directory}/{_SOCKET}"
-    else:
-        where = _loopback(where)
+    elif where != GATE:
+        where = bindable(where, plain=plain)
+        if not plain:
+            _check_protection(socket, where)
     if listen_fd is not None:
         socket.setsockopt(zmq.USE_FD, os.dup(listen_fd))  # libzmq closes its own
     try:
         socket.bind(where)
+        if where.startswith("tcp:") and not plain:
+            _check_protection(socket, where)
     except zmq.ZMQError as error:
         Listener(where, directory).remove()
         raise DistNetworkError(
-            f"cannot listen on {where}: {error.strerror}", address=where
+            f"cannot listen on {where}: {zmq.strerror(error.errno or 0)}", address=where
         ) from error
     bound = socket.getsockopt(zmq.LAST_ENDPOINT)
     assert isinstance(bound, bytes)
     return Listener(bound.rstrip(b"\0").decode(), directory)
+
+
+def _check_protection(socket: zmq.Socket[bytes], where: str) -> None:
+    """Raise unless the socket lets in nobody but whom a gate admits."""
+    for option, wanted in PROTECTION.items():
+        found = socket.getsockopt(option)
+        if found != wanted:
+            raise DistNetworkError(
+                f"refusing to listen on {where}: the socket is not authenticated (option {option}"
+                f" is {found!r}, not {wanted!r})",
+                address=where,
+            )
 
 
 def listen_nameless() -> socket_module.socket:
@@ -159,7 +118,7 @@ def listen_nameless() -> socket_module.socket:
     listener = socket_module.socket(socket_module.AF_UNIX, socket_module.SOCK_STREAM)
     try:
         listener.bind(f"\0{_PREFIX}{os.getpid()}-{secrets.token_hex(16)}")
-        listener.listen(_BACKLOG)
+        listener.listen(BACKLOG)
     except BaseException:
         listener.close()
         raise
@@ -220,21 +179,6 @@ def _refuses(path: Path) -> bool:
         except OSError:  # gone already, or not ours
             return False
         return False
-
-
-def _loopback(where: str) -> str:
-    host, _, port = where.removeprefix("tcp://").rpartition(":")
-    if not host:
-        host, port = port, "0"
-    name = "127.0.0.1" if host == "localhost" else host.strip("[]")
-    with contextlib.suppress(ValueError):
-        if ipaddress.ip_address(name).is_loopback:
-            return f"tcp://{f'[{name}]' if ':' in name else name}:{port}"
-    raise DistNetworkError(
-        f"refusing to listen on {where}: connections are not authenticated, so only loopback"
-        " addresses (127.0.0.1, localhost) and unix sockets are allowed",
-        address=where,
-    )
 
 
 def remove_leftover(address: str) -> None:
