@@ -1,0 +1,13 @@
+"""Algorithms over process groups, at torch.distributed.algorithms' names and paths.
+
+join.py lets ranks have different numbers of inputs; model_averaging/ averages parameters now and
+then instead of gradients always.
+"""
+
+from __future__ import annotations
+
+from dtrain.distributed.algorithms.join import (
+    Join as Join,
+    Joinable as Joinable,
+    JoinHook as JoinHook,
+)
