@@ -21,7 +21,11 @@ CLASSES = {
         "no_grad enable_grad inference_mode set_grad_enabled"
     ),
     ("dtrain.distributed", "dtrain.distributed.device_mesh"): "DeviceMesh",
+    ("dtrain.distributed.algorithms", "dtrain.distributed.algorithms.join"): (
+        "Join Joinable JoinHook"
+    ),
     ("dtrain.nn", "dtrain.nn.modules.module"): "Module",
+    ("dtrain.nn", "dtrain.nn.modules.batchnorm"): "BatchNorm1d BatchNorm2d SyncBatchNorm",
     ("dtrain.nn", "dtrain.nn.modules.container"): "Sequential ModuleList",
     ("dtrain.nn", "dtrain.nn.modules.linear"): "Linear",
     ("dtrain.nn", "dtrain.nn.modules.sparse"): "Embedding",

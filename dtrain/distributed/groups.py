@@ -21,10 +21,11 @@ from dtrain.comm.mpi import MpiGroup
 from dtrain.comm.store.base import Store
 from dtrain.comm.store.prefix import PrefixStore
 from dtrain.distributed.backend import Backend, BackendConfig, transport_for
+from dtrain.distributed.peers import peers_of
 from dtrain.distributed.rendezvous import rendezvous
 from dtrain.distributed.work import seconds
 from dtrain.distributed.world import GroupMember, ProcessGroup, World, current_world, resolve
-from dtrain.ranks import set_world
+from dtrain.ranks import set_peers, set_world
 
 
 def is_available() -> bool:
@@ -263,3 +264,4 @@ def new_group(
 
 
 set_world(lambda: (get_world_size(), get_rank()))  # whom DistributedSampler asks
+set_peers(peers_of)  # and SyncBatchNorm

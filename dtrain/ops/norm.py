@@ -17,6 +17,7 @@ from dtrain.autograd.op import define
 from dtrain.ops.elementwise import rsqrt, square
 from dtrain.ops.reduce import mean
 from dtrain.ops.shape import reshape
+from dtrain.ranks import Peers
 
 GROUP = 131072  # elements of the samples that batch_norm takes together; less and more is slower
 
@@ -212,32 +213,49 @@ def _channel_sum(x: np.ndarray) -> np.ndarray:
     return np.add.reduce(np.add.reduce(x, axis=2), axis=0)
 
 
-def _moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and (biased) variance of every channel."""
+def _moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """Of every channel: mean, sum of squares about it, and how many values there are."""
     count = x.size // x.shape[1]
-    centre = _channel_sum(x) / count
-    total = np.zeros(x.shape[1], x.dtype)
+    centre = _channel_sum(x) / max(count, 1)
+    spread = np.zeros(x.shape[1], x.dtype)
     for part in _samples(x):
         centred = x[part] - _column(centre)
-        total += np.add.reduce(np.vecdot(centred, centred), axis=0)
-    return centre, total / count
+        spread += np.add.reduce(np.vecdot(centred, centred), axis=0)
+    return centre, spread, count
+
+
+def _pooled_moments(x: np.ndarray, peers: Peers) -> tuple[np.ndarray, np.ndarray, int]:
+    """`_moments` of the batches of all ranks together, which may be of different sizes.
+
+    Sums are about each rank's own mean, and moved to the common one afterwards: no difference of
+    squares (Chan, Golub and LeVeque 1983). What travels is float64, in which counts are exact.
+    """
+    channels = x.shape[1]
+    centre, spread, count = _moments(x)
+    rows = peers.gather(np.concatenate([centre, spread, [count]]).astype(np.float64))
+    centres, spreads = rows[:, :channels], rows[:, channels:-1]
+    counts = rows[:, -1:]
+    total = counts.sum()
+    common = (centres * counts).sum(axis=0) / max(total, 1.0)
+    spread = (spreads + counts * (centres - common) ** 2).sum(axis=0)
+    return common.astype(x.dtype), spread.astype(x.dtype), int(total)
 
 
 def _batch_norm_forward(
     x: np.ndarray, weight: np.ndarray | None, bias: np.ndarray | None, *, eps: float,
-    observe: Callable[[np.ndarray, np.ndarray], None] | None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
-    centre, variance = _moments(x)
+    observe: Callable[[np.ndarray, np.ndarray, int], None] | None, peers: Peers | None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:  # fmt: skip
+    centre, spread, count = _moments(x) if peers is None else _pooled_moments(x, peers)
     if observe is not None:
-        observe(centre, variance)
-    rstd = 1 / np.sqrt(variance + eps)
+        observe(centre, spread, count)
+    rstd = 1 / np.sqrt(spread / max(count, 1) + eps)
     scale = rstd if weight is None else rstd * weight
     shift = -centre * scale if bias is None else bias - centre * scale
     y = np.empty(x.shape, x.dtype)
     for part in _samples(x):
         np.multiply(x[part], _column(scale), out=y[part])
         y[part] += _column(shift)
-    return y, centre, rstd
+    return y, centre, rstd, count
 
 
 def _batch_norm_vjp(n: Any, g: np.ndarray) -> Any:
@@ -246,15 +264,19 @@ def _batch_norm_vjp(n: Any, g: np.ndarray) -> Any:
     for part in _samples(g):
         along += np.add.reduce(np.vecdot(g[part], n.x[part] - _column(n.centre)), axis=0)
     total = _channel_sum(g)
-    dx = _batch_norm_dx(n, g, total, along) if n.needs[0] else None
-    return dx, along * n.rstd if n.needs[1] else None, total if n.needs[2] else None
+    dweight = along * n.rstd if n.needs[1] else None
+    dbias = total if n.needs[2] else None
+    if not n.needs[0]:
+        return None, dweight, dbias
+    if n.peers is not None:  # the means are of all ranks; weight and bias are this rank's part
+        total, along = np.split(n.peers.sum(np.concatenate([total, along])), 2)
+    return _batch_norm_dx(n, g, total, along), dweight, dbias
 
 
 def _batch_norm_dx(n: Any, g: np.ndarray, total: np.ndarray, along: np.ndarray) -> np.ndarray:
-    count = g.size // g.shape[1]
     scale = n.rstd if n.weight is None else n.rstd * n.weight
-    slope = along * n.rstd * n.rstd / count
-    offset = total / count - slope * n.centre
+    slope = along * n.rstd * n.rstd / n.count
+    offset = total / n.count - slope * n.centre
     dx = np.empty(g.shape, g.dtype)
     for part in _samples(g):
         np.multiply(n.x[part], _column(-slope), out=dx[part])
@@ -264,18 +286,27 @@ def _batch_norm_dx(n: Any, g: np.ndarray, total: np.ndarray, along: np.ndarray) 
     return dx
 
 
-def _batch_norm_composite(x: Any, weight: Any, bias: Any, *, eps: float, observe: Any) -> Any:
+def _batch_norm_composite(
+    x: Any, weight: Any, bias: Any, *, eps: float, observe: Any, peers: Any
+) -> Any:
+    if peers is not None:
+        raise RuntimeError(
+            "batch_norm over several ranks cannot be differentiated twice; use BatchNorm, or "
+            "create_graph=False"
+        )
     centred = x - mean(x, (0, 2), True)
     y = centred * rsqrt(mean(square(centred), (0, 2), True) + eps)
     y = y if weight is None else y * reshape(weight, (-1, 1))
     return y if bias is None else y + reshape(bias, (-1, 1))
 
 
+_ALONE = {"eps": 1e-5, "observe": None, "peers": None}
+
 _batch_norm = define(
-    "batch_norm", _batch_norm_forward, vjp=_batch_norm_vjp, aux="centre rstd",
+    "batch_norm", _batch_norm_forward, vjp=_batch_norm_vjp, aux="centre rstd count",
     composite=_batch_norm_composite,
-    sample=lambda: [((_rand(3, 2, 4), _rand(2), _rand(2)), {"eps": 1e-5, "observe": None}),
-                    ((_rand(4, 3, 1), None, None), {"eps": 1e-5, "observe": None})],
+    sample=lambda: [((_rand(3, 2, 4), _rand(2), _rand(2)), _ALONE),
+                    ((_rand(4, 3, 1), None, None), _ALONE)],
 )  # fmt: skip
 
 
@@ -306,25 +337,39 @@ def batch_norm(
     return input * reshape(scale, by_channel) + reshape(shift, by_channel)
 
 
+def batch_norm_over_ranks(
+    input: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any, momentum: float,
+    eps: float, peers: Peers,
+) -> Any:  # fmt: skip
+    """`batch_norm` in training by the statistics of the batches of all `peers` together.
+
+    The batches may be of different sizes, also empty. All ranks call it, and backward through it,
+    in the same order; both wait for each other. The gradients of weight and bias are this rank's
+    part of the sum over ranks.
+    """
+    return _normalized_by_batch(
+        input, running_mean, running_var, weight, bias, momentum, eps, peers
+    )
+
+
 def _normalized_by_batch(
     input: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any, momentum: float,
-    eps: float,
+    eps: float, peers: Peers | None = None,
 ) -> Any:  # fmt: skip
-    channels = input.shape[1]
-    count = math.prod(input.shape) // channels
-    if count <= 1:
-        raise ValueError(
-            f"Expected more than 1 value per channel when training, got input size {input.shape}"
-        )
-
-    def observe(centre: np.ndarray, variance: np.ndarray) -> None:
+    def observe(centre: np.ndarray, spread: np.ndarray, count: int) -> None:
+        if count <= 1:
+            where = "" if peers is None else " on this rank, and no other values on the others"
+            raise ValueError(
+                "Expected more than 1 value per channel when training, got input size "
+                f"{input.shape}{where}"
+            )
         if running_mean is not None:
             _move(running_mean, centre, momentum)
         if running_var is not None:
-            _move(running_var, variance * (count / (count - 1)), momentum)
+            _move(running_var, spread / (count - 1), momentum)
 
-    x = reshape(input, (input.shape[0], channels, -1))
-    y = _batch_norm(x, weight, bias, eps=eps, observe=observe)
+    x = reshape(input, (*input.shape[:2], math.prod(input.shape[2:])))
+    y = _batch_norm(x, weight, bias, eps=eps, observe=observe, peers=peers)
     return reshape(y, tuple(input.shape))
 
 

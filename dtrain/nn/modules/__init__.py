@@ -29,7 +29,7 @@ from dtrain.nn.modules.activation import (
     Tanh,
     Threshold,
 )
-from dtrain.nn.modules.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from dtrain.nn.modules.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
 from dtrain.nn.modules.container import (
     ModuleDict,
     ModuleList,
@@ -151,6 +151,7 @@ __all__ = [
     "Softmax",
     "Softmin",
     "Softplus",
+    "SyncBatchNorm",
     "Tanh",
     "Threshold",
     "Unflatten",
