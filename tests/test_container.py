@@ -24,11 +24,15 @@ def commands(compose: str) -> list[list[str]]:
     return [re.findall(r'[^\s,"]+', words) for words in lists]
 
 
-def test_dtrun_accepts_the_command_of_every_node():
-    here = COMPOSE.replace("/home/dtrain", str(ROOT))
+def test_dtrun_accepts_the_command_of_every_node(tmp_path):
+    secret = tmp_path / "job_key"
+    secret.write_bytes(bytes(32))  # as `head -c 32 /dev/urandom` might have made it
+    secret.chmod(0o600)
+    here = COMPOSE.replace("/home/dtrain", str(ROOT)).replace("/run/secrets/job_key", str(secret))
     specs = [parse(words[1:]) for words in commands(here)]
     assert [words[0] for words in commands(COMPOSE)] == ["dtrun", "dtrun"]
     assert [spec.node_rank for spec in specs] == [0, 1]
+    assert {spec.secret for spec in specs} == {bytes(32)}
     assert {(spec.nnodes, spec.nproc) for spec in specs} == {(2, 2)}
     assert {(spec.master_addr, spec.master_port) for spec in specs} == {("node0", 29500)}
 
@@ -67,7 +71,9 @@ def test_every_node_is_confined(line):
 def test_no_secret_is_in_the_environment_or_on_a_command_line():
     for block in re.findall(r"^  environment:\n((?:    .*\n)+)", COMPOSE, re.MULTILINE):
         assert not re.search(r"key|secret|token", block, re.IGNORECASE)
-    assert not [word for words in commands(COMPOSE) for word in words if "secret" in word]
+    said = {word for words in commands(COMPOSE) for word in words if "secret" in word}
+    assert said == {"--secret-file", "/run/secrets/job_key"}  # a path, which the mount below makes
+    assert re.search(r"^secrets:\n  job_key:\n    file: ./job.key$", COMPOSE, re.MULTILINE)
     assert "/job.key" in (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
 
 

@@ -38,9 +38,9 @@ def read(path: str) -> Secret:
             os.close(descriptor)
     except OSError as error:
         raise ValueError(f"--secret-file {path}: {error.strerror}") from None
-    if not LEAST <= len(content.strip()) <= MOST:
+    if not LEAST <= len(content) <= MOST:
         raise ValueError(
-            f"--secret-file {path} has {len(content.strip())} bytes, expected {LEAST} to {MOST}: "
+            f"--secret-file {path} has {len(content)} bytes, expected {LEAST} to {MOST}: "
             "make one with dtrun keygen"
         )
     return Secret(content)

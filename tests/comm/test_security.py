@@ -29,7 +29,7 @@ SECRET = b"0123456789abcdef" * 4
 @pytest.fixture
 def file(tmp_path):
     path = tmp_path / "job.key"
-    path.write_bytes(SECRET + b"\n")
+    path.write_bytes(SECRET)
     path.chmod(0o600)
     return path
 
@@ -103,7 +103,7 @@ def test_a_secret_of_another_user_is_refused_and_roots_is_not(file, monkeypatch)
         secret.read_secret(file)
 
 
-@pytest.mark.parametrize("content", [b"", b"x" * 31, b" " * 40, b"x" * 5000])
+@pytest.mark.parametrize("content", [b"", b"x" * 31, b"x" * 5000])
 def test_a_secret_of_a_wrong_length_is_refused(file, content):
     file.write_bytes(content)
     with pytest.raises(SecretError, match="expected 32 to 4096: make one with dtrun keygen"):

@@ -36,7 +36,7 @@ def job_secret(environ: Mapping[str, str] = os.environ) -> bytes:
 
 
 def read_secret(path: Path) -> bytes:
-    """The content of a secret's file, without white space around it.
+    """The content of a secret's file, to the last byte.
 
     Raises `SecretError` when the file is not there, belongs to another user, can be read by others,
     or is shorter than 32 bytes.
@@ -46,7 +46,7 @@ def read_secret(path: Path) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
             _check(path, os.fstat(descriptor))
-            content = os.read(descriptor, _MOST + 1).strip()
+            content = os.read(descriptor, _MOST + 1)
         finally:
             os.close(descriptor)
     except OSError as error:
