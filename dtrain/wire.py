@@ -26,9 +26,10 @@ __all__ = [
 ]
 
 MAGIC = b"DTR1"
-# Larger frames gain nothing on loopback, and one frame of some GiB is more than libzmq takes
-# gracefully.
-CHUNK = 8 << 20
+# On loopback 64 MiB take 34 ms in frames of 1 or 2 MiB, 40 ms in larger ones, which fall out of the
+# caches on their way; smaller ones cost more steps. (And one frame of some GiB is more than libzmq
+# takes gracefully.)
+CHUNK = 2 << 20
 # magic, kind, 1 spare byte, sender, tag, payload bytes that follow, job
 HEAD = struct.Struct("<4sBxHqQQ")
 

@@ -223,7 +223,7 @@ def test_a_stranger_in_the_inbox_is_ignored(caplog):
 
 
 def test_a_large_message_is_chunked_and_counted_once():
-    """12 MiB are two chunks, one message."""
+    """12 MiB are six chunks, one message."""
 
     def exchange(group):
         transport, other = group.transport, 1 - group.rank
