@@ -180,7 +180,7 @@ def output_of(call):
     return call.buf if isinstance(call, Send | Recv) else call.output
 
 
-def make_calls(group, plan, calls, async_op):
+def submit_plan(group, plan, calls, async_op):
     """Submit one rank's calls of one plan; (call as it was made, its Work)."""
     made = [placed(call, group, plan) for call in calls]
     late = async_op or plan.kind == "messages"
@@ -192,7 +192,7 @@ def run_plans(group, given, everything, async_op):
     made = [
         pair
         for plan, ranks in zip(given, everything, strict=True)
-        for pair in make_calls(group, plan, ranks[group.rank], async_op)
+        for pair in submit_plan(group, plan, ranks[group.rank], async_op)
     ]
     for _, work in made:
         work.wait(30.0)

@@ -1,4 +1,4 @@
-"""The backend "mpi": `mpi_rank.py` under mpiexec, on 1 to 3 ranks. Not run without mpi4py."""
+"""The backend "mpi": `mpi_rank.py` under mpiexec, on 1 to 4 ranks. Not run without mpi4py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ import dtrain.distributed as dist
 ROOT = Path(__file__).parents[2]
 MPIEXEC = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH')}")
 
-TOGETHER = ("check_nan", "check_bridge", "check_groups_and_messages")
+CHECKS = {
+    1: ("check_conformance",),
+    2: ("check_conformance", "check_properties"),
+    3: ("check_nan", "check_bridge", "check_groups_and_messages"),
+    4: ("check_properties",),
+}
 
 needs_mpi = pytest.mark.skipif(
     MPIEXEC is None or importlib.util.find_spec("mpi4py") is None,
@@ -33,10 +38,10 @@ def run(ranks, *checks):
 
 
 @needs_mpi
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", CHECKS)
 def test_mpi(ranks):
     """One job for all checks: most of the time goes into starting it."""
-    done = run(ranks, "check_conformance", *(TOGETHER if ranks > 1 else ()))
+    done = run(ranks, *CHECKS[ranks])
     assert (done.returncode, done.stdout.count("done")) == (0, ranks), done.stderr
 
 
