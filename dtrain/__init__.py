@@ -388,7 +388,7 @@ warnings.filterwarnings(
 _keep_freed_memory()
 
 _LAZY = frozenset(
-    ("distributed", "nn", "optim", "serialization", "testing", "utils")
+    ("distributed", "futures", "nn", "optim", "serialization", "testing", "utils")
 )  # sub-packages
 _LAZY_NAMES = {"save": "serialization", "load": "serialization"}
 

@@ -44,6 +44,7 @@ COMM = (
     ("comm",),
 )
 ABOVE = (
+    ("futures",),
     ("distributed",),
     ("nn.parallel", "inductor"),
     ("testing",),

@@ -51,9 +51,13 @@ class Future(Generic[T]):
         Raises the error, or TimeoutError after `timeout` seconds.
         """
         if self._drive is not None and not self._done:
+            until = None if timeout is None else time.monotonic() + timeout
             self._drive(timeout)
-            timeout = 0.0
-        if not self._done and not self._await(timeout):
+            # Another thread may be about to complete it: there is time left then.
+            left = None if until is None else max(0.0, until - time.monotonic())
+        else:
+            left = timeout
+        if not self._done and not self._await(left):
             raise TimeoutError(f"the future is not complete after {timeout} s")
         return self.value()
 
@@ -116,7 +120,7 @@ class Future(Generic[T]):
 
     def then(self, callback: Callable[[Future[T]], S]) -> Future[S]:
         """A future of `callback(self)`; it fails with what the callback raises."""
-        result: Future[S] = Future()
+        result: Future[S] = Future(None if self._drive is None else self._move_on)
 
         def run(future: Future[T]) -> None:
             try:
@@ -128,6 +132,11 @@ class Future(Generic[T]):
 
         self.add_done_callback(run)
         return result
+
+    def _move_on(self, timeout: float | None) -> None:
+        """Whoever waits for what follows from this future drives it."""
+        if self._drive is not None and not self._done:
+            self._drive(timeout)
 
 
 class Work:
