@@ -71,7 +71,7 @@ NAMES = {
         rand randn randint randperm zeros ones full empty arange zeros_like ones_like
         cat stack matmul exp log sqrt tanh where softmax
         no_grad enable_grad inference_mode set_grad_enabled is_grad_enabled
-        nn optim autograd distributed utils testing""",
+        nn optim autograd distributed futures utils testing""",
     "dtrain.autograd": "backward grad gradcheck gradgradcheck Function",
     "dtrain.nn": "functional init utils parallel",
     "dtrain.nn.functional": """
@@ -104,6 +104,22 @@ NAMES = {
         shrink_group SHRINK_DEFAULT SHRINK_ABORT FakeStore allow_pickle default_pg_timeout
         distributed_c10d
         DistError DistBackendError DistNetworkError DistStoreError QueueEmptyError""",
+    "dtrain.futures": "Future collect_all wait_all",
+    "dtrain.distributed.algorithms.ddp_comm_hooks": """
+        DDPCommHookType register_ddp_comm_hook one_bit_hook OneBitState top_k_hook TopKState""",
+    "dtrain.distributed.algorithms.ddp_comm_hooks.default_hooks": """
+        allreduce_hook fp16_compress_hook bf16_compress_hook
+        fp16_compress_wrapper bf16_compress_wrapper""",
+    "dtrain.distributed.algorithms.ddp_comm_hooks.debugging_hooks": "noop_hook",
+    "dtrain.distributed.algorithms.ddp_comm_hooks.quantization_hooks": (
+        "quantization_pertensor_hook quantization_perchannel_hook"
+    ),
+    "dtrain.distributed.algorithms.ddp_comm_hooks.powerSGD_hook": (
+        "PowerSGDState powerSGD_hook batched_powerSGD_hook"
+    ),
+    "dtrain.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook": (
+        "PostLocalSGDState post_localSGD_hook"
+    ),
     "dtrain.distributed.nn": "functional all_reduce",
     "dtrain.distributed.nn.functional": """
         broadcast gather scatter reduce reduce_scatter all_gather all_to_all all_to_all_single

@@ -1,0 +1,112 @@
+"""Hooks that reduce the gradients as they are, or rounded to 16 bits.
+
+Source: torch.distributed.algorithms.ddp_comm_hooks.default_hooks. `state` is a process group, None
+for the default one. Sums of 16-bit numbers are added in 32 bits, in rank order, divided by the
+number of ranks and rounded once; torch divides first and rounds each sum.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from dtrain import dtypes
+from dtrain.comm.reduce import ReduceOp
+from dtrain.comm.work import Future
+from dtrain.distributed.algorithms.ddp_comm_hooks.stages import Hook, Payload, sends
+from dtrain.distributed.collectives import all_reduce
+from dtrain.tensor import Tensor
+
+
+def mean(tensor: Tensor, group: Any) -> Future[Tensor]:
+    """The mean of `tensor` over the ranks of `group`, in place; does not block."""
+    work = all_reduce(tensor, ReduceOp.AVG, group, async_op=True)
+    assert work is not None
+    return work.get_future().then(lambda future: future.value()[0])
+
+
+def whole(state: Any, bucket: Any) -> Payload:
+    """The payload of a hook that reduces the buffer as it is."""
+    return Payload(all_reduce=bucket.buffer().nbytes)
+
+
+def _half(state: Any, bucket: Any) -> Payload:
+    return Payload(all_reduce=2 * bucket.buffer().numel())
+
+
+@sends(whole)
+def allreduce_hook(process_group: Any, bucket: Any) -> Future[Tensor]:
+    """What DDP does without a hook: the mean, all bytes of the bucket in one all-reduce."""
+    return mean(bucket.buffer(), process_group)
+
+
+def _compress(dtype: dtypes.dtype, process_group: Any, bucket: Any) -> Future[Tensor]:
+    buffer = bucket.buffer()
+    rounded = mean(_rounded(buffer, dtype), process_group)
+    return rounded.then(lambda future: _copied(buffer, future.value()))
+
+
+def _rounded(tensor: Tensor, dtype: dtypes.dtype) -> Tensor:
+    with np.errstate(over="ignore", invalid="ignore"):  # inf is a value, and is seen in the result
+        return tensor.detach().to(dtype)
+
+
+def _copied(buffer: Tensor, result: Tensor) -> Tensor:
+    buffer.set_array(result._data.astype(buffer._data.dtype))
+    return buffer
+
+
+@sends(_half)
+def fp16_compress_hook(process_group: Any, bucket: Any) -> Future[Tensor]:
+    """The mean of gradients rounded to float16: 2 bytes an element; above 65504 they are inf."""
+    return _compress(dtypes.float16, process_group, bucket)
+
+
+@sends(_half)
+def bf16_compress_hook(process_group: Any, bucket: Any) -> Future[Tensor]:
+    """The mean of gradients rounded to bfloat16: 2 bytes an element, 8 bits of mantissa."""
+    return _compress(dtypes.bfloat16, process_group, bucket)
+
+
+def fp16_compress_wrapper(hook: Hook) -> Hook:
+    """`hook` on gradients rounded to float16, its result in the dtype of the gradients."""
+    return _wrapper(hook, dtypes.float16)
+
+
+def bf16_compress_wrapper(hook: Hook) -> Hook:
+    """`hook` on gradients rounded to bfloat16, its result in the dtype of the gradients."""
+    return _wrapper(hook, dtypes.bfloat16)
+
+
+def _wrapper(hook: Hook, dtype: dtypes.dtype) -> Hook:
+    @functools.wraps(hook)
+    def rounded_hook(state: Any, bucket: Any) -> Future[Any]:
+        buffer = bucket.buffer()
+        bucket.set_buffer(_rounded(buffer, dtype))
+
+        def widen(future: Future[Any]) -> Tensor:
+            value = future.value()
+            bucket.set_buffer(buffer)
+            return _copied(buffer, value[0] if isinstance(value, list) else value)
+
+        return hook(state, bucket).then(widen)
+
+    payload = getattr(hook, "payload", None)
+    return sends(_of_rounded(payload, dtype))(rounded_hook) if payload else rounded_hook
+
+
+def _of_rounded(payload: Callable[[Any, Any], Payload], dtype: dtypes.dtype) -> Any:
+    """What the hook sends of a bucket in `dtype`."""
+
+    def rounded(state: Any, bucket: Any) -> Payload:
+        buffer = bucket.buffer()
+        bucket.set_buffer(_rounded(buffer, dtype))
+        try:
+            return payload(state, bucket)
+        finally:
+            bucket.set_buffer(buffer)
+
+    return rounded
