@@ -254,8 +254,17 @@ class Channel:
         if now >= self._look_at:
             self._look_around(absent)
 
-    def share(self, own: Array | None, shape: tuple[int, ...], like: Array) -> list[Array]:
+    def share(
+        self,
+        own: Array | None,
+        shape: tuple[int, ...],
+        like: Array,
+        *,
+        but: slice = slice(0, 0),
+    ) -> list[Array]:
         """Show `own` (at most `HALF` bytes, of that shape; None: nothing) to all ranks.
+
+        `but`: elements of it that no other rank is going to read.
 
         Returns what each rank shows, as arrays of `shape` and the dtype of `like`, to be read
         before the next call and never written, except by who has it to himself; that of a rank
@@ -266,7 +275,11 @@ class Channel:
         shown = window.next_half_as(shape, like.dtype)
         if own is not None:
             here = window.rank
-            shown[here][...] = own
+            if but.stop:
+                shown[here][: but.start] = own[: but.start]
+                shown[here][but.stop :] = own[but.stop :]
+            else:
+                shown[here][...] = own
             shown = [*shown[:here], own, *shown[here + 1 :]]
         self.step()
         return shown

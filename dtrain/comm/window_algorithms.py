@@ -76,18 +76,18 @@ def all_reduce(channel: Channel, buf: Array, op: ReduceOp) -> None:
         return
     for piece in pieces(flat.size, flat.itemsize, HALF):
         part = flat[piece]
-        shown = channel.share(part, part.shape, flat)
         if channel.size == 2:
             # Both add everything: one pass and one phase less than slices.
-            combine(op, shown, part)
+            combine(op, channel.share(part, part.shape, flat), part)
         else:
-            _reduce_slices(channel, shown, part, op)
+            _reduce_slices(channel, part, op)
 
 
-def _reduce_slices(channel: Channel, shown: list[Array], part: Array, op: ReduceOp) -> None:
+def _reduce_slices(channel: Channel, part: Array, op: ReduceOp) -> None:
     """Each rank adds one slice, shows the sum, and copies those of the others."""
     cuts = slices(part.size, channel.size)
     mine = cuts[channel.rank]
+    shown = channel.share(part, part.shape, part, but=mine)
     combine(op, [array[mine] for array in shown], part[mine])
     # Nobody else reads this rank's contribution to its own slice: the sum may stand there.
     channel.show_again(part, mine)
