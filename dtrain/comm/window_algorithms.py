@@ -9,8 +9,8 @@ a piece at a time: one copy in, one pass out. 3. Sums go through `reduce.combine
 
 Which way is taken is decided alike on all ranks: by the size, which is part of the fingerprint, and
 by the places that all ranks have told. No messages are sent. Phases per call, k pieces: barrier 1;
-staged all_reduce k for two ranks, else 2k; the other staged ones k, and 1 more above `LOOKED_UP`
-bytes; in the window 2.
+staged all_reduce k for two ranks, else 2k, and k + N - 1 of half the size from `CONVEYED` bytes;
+the other staged ones k; each 1 more above `LOOKED_UP` bytes; in the window 2.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 
 from dtrain.comm.channel import Channel
 from dtrain.comm.parts import pieces, rows, slices
-from dtrain.comm.reduce import ReduceOp, combine
+from dtrain.comm.reduce import ReduceOp, combine, finish, fold, widened
 from dtrain.comm.transports.mailbox import Array, as_bytes
 from dtrain.comm.transports.window import HALF, NOWHERE
 from dtrain.errors import WrongSize
@@ -40,6 +40,10 @@ __all__ = [
 
 # Above this many bytes a phase more, to learn where arrays live, costs less than a copy.
 LOOKED_UP = 64 * 1024
+
+# From this many bytes a sum of more than two ranks goes over a conveyor: less to copy, half the
+# phases, but a phase more for each rank until it runs.
+CONVEYED = 4 << 20
 
 # Bytes of one step of a sum: what is read and written by it stays in the caches of one core.
 _STEP = 256 * 1024
@@ -74,6 +78,9 @@ def all_reduce(channel: Channel, buf: Array, op: ReduceOp) -> None:
     if NOWHERE not in places:
         _all_reduce_in_place(channel, _in_place(channel, places, flat), op)
         return
+    if channel.size > 2 and flat.nbytes >= CONVEYED:
+        _convey(channel, flat, op)
+        return
     for piece in pieces(flat.size, flat.itemsize, HALF):
         part = flat[piece]
         if channel.size == 2:
@@ -93,6 +100,42 @@ def _reduce_slices(channel: Channel, part: Array, op: ReduceOp) -> None:
     channel.show_again(part, mine)
     for peer in channel.peers:
         part[cuts[peer]] = shown[peer][cuts[peer]]
+
+
+def _convey(channel: Channel, flat: Array, op: ReduceOp) -> None:
+    """A conveyor in rank order: one phase a step, and each rank reads what one other has written.
+
+    In step k rank r adds its part of piece k - r to what rank r - 1 has of it; what the last rank
+    then has is the sum, and all copy it in the step after.
+    """
+    window, last = channel.window, channel.size - 1
+    assert window is not None
+    kind = widened(flat.dtype)
+    parts = [flat[piece] for piece in pieces(flat.size, kind.itemsize, HALF // 2)]
+    for step in range(len(parts) + channel.size):
+        seen = window.this_half()
+        if step > last:
+            part = parts[step - last - 1]
+            part[...] = np.ndarray(part.shape, part.dtype, seen[last])
+        if step == len(parts) + last:
+            return  # and leave the half that others still read
+        own = window.next_half()[channel.rank]
+        if 0 <= step - channel.rank < len(parts):
+            before = seen[channel.rank - 1] if channel.rank else None
+            _pass_on(channel, parts[step - channel.rank], before, own, op)
+        channel.phase()
+
+
+def _pass_on(channel: Channel, part: Array, before: Array | None, own: Array, op: ReduceOp) -> None:
+    """Add `part` to the sum in the memory `before`, into the memory `own`."""
+    kind = widened(part.dtype)
+    total = None if before is None else np.ndarray(part.shape, kind, before)
+    room: Array = np.ndarray(part.shape, kind, own)
+    fold(op, total, [part], room)
+    if channel.rank == channel.size - 1:
+        whole = finish(op, room, channel.size, part.dtype)
+        if whole is not room:
+            np.ndarray(part.shape, part.dtype, own)[...] = whole
 
 
 def _all_reduce_in_place(channel: Channel, arrays: list[Array], op: ReduceOp) -> None:

@@ -92,6 +92,19 @@ def test_same_bits_as_messages_at_every_border(dtype, size):
     assert by_way[0][0] == by_way[0][1]
 
 
+@pytest.mark.parametrize("size", [3, 4])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.int64])
+def test_same_bits_over_the_conveyor(monkeypatch, dtype, size):
+    monkeypatch.setattr(window_algorithms, "CONVEYED", 2 * window_algorithms.LOOKED_UP)
+    ops = (SUM, PREMUL_SUM(1.7)) if np.dtype(dtype).kind == "f" else (SUM, MAX)
+    counts = [200_000, windows.HALF + 3]  # less than one piece, and several with a rest
+    by_way = [
+        run_world(size, _reduce_everywhere, dtype, ops, counts, transport=transport)
+        for transport in ("local", "shm")
+    ]
+    assert by_way[0] == by_way[1]
+
+
 def _all_kinds(group):
     """Every collective on arrays that live in the window, beside ordinary ones."""
     n, size, rank = 70_001, group.size, group.rank
