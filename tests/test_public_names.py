@@ -24,6 +24,10 @@ CLASSES = {
     ("dtrain.distributed.algorithms", "dtrain.distributed.algorithms.join"): (
         "Join Joinable JoinHook"
     ),
+    (
+        "dtrain.distributed.elastic.utils.data",
+        "dtrain.distributed.elastic.utils.data.elastic_distributed_sampler",
+    ): "ElasticDistributedSampler",
     ("dtrain.nn", "dtrain.nn.modules.module"): "Module",
     ("dtrain.nn", "dtrain.nn.modules.batchnorm"): "BatchNorm1d BatchNorm2d SyncBatchNorm",
     ("dtrain.nn", "dtrain.nn.modules.container"): "Sequential ModuleList",

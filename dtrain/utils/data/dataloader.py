@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import repeat
 from typing import Any, Generic, TypeVar
@@ -15,6 +16,7 @@ from typing import Any, Generic, TypeVar
 from dtrain.generator import Generator
 from dtrain.utils.data.collate import default_collate, default_convert
 from dtrain.utils.data.dataset import IterableDataset
+from dtrain.utils.data.distributed import DistributedSampler
 from dtrain.utils.data.fetch import Fetcher
 from dtrain.utils.data.sampler import (
     BatchSampler,
@@ -40,6 +42,8 @@ class DataLoader(Generic[T]):
     `persistent_workers` keeps them from one iteration to the next. Accepted and without effect:
     `pin_memory` and `pin_memory_device` (there is no other device), `multiprocessing_context`
     (workers are always fresh interpreters) and `in_order` (batches always come in order).
+    A `DistributedSampler` is told which batches the loop has got, so that its state leaves out
+    what workers have read ahead.
     """
 
     _complete = False
@@ -129,6 +133,13 @@ class DataLoader(Generic[T]):
 
     def __iter__(self) -> Iterator[T]:
         indices = iter(self._index_sampler)
+        sampler = getattr(self._index_sampler, "sampler", self._index_sampler)
+        if not isinstance(sampler, DistributedSampler):
+            return self._batches(indices)
+        sizes: deque[int] = deque()
+        return _delivered(self._batches(_noted(indices, sampler, sizes)), sampler, sizes)
+
+    def _batches(self, indices: Iterator[Any]) -> Iterator[T]:
         if self._workers is not None:
             return self._workers.iterate(indices)
         base_seed = draw_seed(self.generator)  # drawn without workers too: the stream is torch's
@@ -178,6 +189,27 @@ class DataLoader(Generic[T]):
             timeout=self.timeout,
             persistent=self.persistent_workers,
         )
+
+
+def _noted(indices: Iterator[Any], sampler: DistributedSampler, sizes: deque[int]) -> Iterator[Any]:
+    """`indices`, noting how many of the sampler's each takes: workers read ahead of the loop."""
+    before = 0
+    for index in indices:
+        if not before:
+            sampler.set_delivered(0)
+        sizes.append(sampler.drawn - before)
+        before = sampler.drawn
+        yield index
+
+
+def _delivered(batches: Iterator[T], sampler: DistributedSampler, sizes: deque[int]) -> Iterator[T]:
+    """`batches`, telling the sampler of each that the loop gets; at the end all is used."""
+    count = 0
+    for batch in batches:
+        count += sizes.popleft()
+        sampler.set_delivered(count)
+        yield batch
+    sampler.set_delivered(None)
 
 
 class _NoIndices(Sampler[None]):
