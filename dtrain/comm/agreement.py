@@ -21,6 +21,7 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from dtrain.comm.channel import read_note
 from dtrain.comm.record import RING, CallRecord, Recorder
@@ -137,12 +138,17 @@ class Agreement:
                 continue  # it is about a failure: a rank that is gone needs no telling
 
     def _on_news(self, source: int, body: bytes) -> None:
-        what, *rest = loads(body)
+        try:
+            self._take(source, *loads(body))
+        except (TypeError, ValueError) as error:  # not what a member of the group sends
+            self._transport.distrust(source, error)
+
+    def _take(self, source: int, what: str, *rest: Any) -> None:
         if what == "fail":
             self.told = self.told or from_wire(rest[0])
             self._transport.fail(self.told)
         elif what == "leave":
-            self.left[source] = rest[0]
+            (self.left[source],) = rest
         else:
             self._hear(source, *rest)
 

@@ -48,6 +48,10 @@ __all__ = ["StoreServer", "TcpStore"]
 
 _REQUEST, _RESULT, _ERROR = range(3)
 
+# Room for what encryption adds to a frame.
+_LONGEST_MESSAGE = security.MAX_STORE_FRAME - 4096
+_LONGEST = 1e6  # seconds that a command may wait: a poll counts milliseconds in 31 bits
+
 # A client gives the server this much longer than the command's own timeout to answer that it has
 # passed.
 _ANSWER_TIME = 2.0
@@ -159,6 +163,9 @@ class StoreServer:
             header, body = unpack(frame)
             number = header.tag
             command, args, timeout = loads(body)
+            timeout = min(float(timeout), _LONGEST)
+            if not timeout >= 0 or type(command) is not str:
+                raise ValueError(f"{command!r} with a timeout of {timeout} s")
             if command == "gather":
                 key, rank, size, value = args
                 joined = self._table.do("join", [key, rank, size, value])
@@ -166,22 +173,24 @@ class StoreServer:
                 command, args = "collect", [key, joined, rank]
             parked = _Parked(client, number, command, args, timeout, time.monotonic() + timeout)
         except Exception as error:  # whatever a client sends, the server goes on and says what
-            self._reply(client, number, _ERROR, to_wire(_as_store_error(error)))
+            self._refuse(client, number, error)
             return
         if not self._try(parked):
             self._parked.append(parked)
         elif command in MUTATING:
             self._retry_parked()
 
-    def _try(self, request: _Parked) -> bool:
-        """Answer `request` if that is possible now."""
+    def _try(self, request: _Parked, *, last: bool = False) -> bool:
+        """Answer `request` if that is possible now; if it is the `last` time, with its timeout."""
         try:
-            result = self._table.do(request.command, request.args)
-        except NotYet:
-            return False
+            try:
+                result = self._table.do(request.command, request.args)
+            except NotYet as waiting:
+                if not last:
+                    return False
+                raise timed_out(waiting, request.timeout) from None
         except Exception as error:
-            wire = to_wire(_as_store_error(error))
-            self._reply(request.client, request.number, _ERROR, wire)
+            self._refuse(request.client, request.number, error)
         else:
             self._reply(request.client, request.number, _RESULT, result)
         return True
@@ -193,17 +202,18 @@ class StoreServer:
         now = time.monotonic()
         for late in [parked for parked in self._parked if parked.deadline <= now]:
             self._parked.remove(late)
-            try:
-                result = self._table.do(late.command, late.args)
-            except NotYet as waiting:
-                wire = to_wire(timed_out(waiting, late.timeout))
-                self._reply(late.client, late.number, _ERROR, wire)
-            else:
-                self._reply(late.client, late.number, _RESULT, result)
+            self._try(late, last=True)
+
+    def _refuse(self, client: bytes, number: int, error: Exception) -> None:
+        self._reply(client, number, _ERROR, to_wire(_as_store_error(error)))
 
     def _reply(self, client: bytes, number: int, kind: int, value: Any) -> None:
         try:
-            self._socket.send_multipart([client, pack(Header(kind, tag=number), dumps(value))])
+            frame = _framed(Header(kind, tag=number), value)
+        except Exception as error:  # too long, or nested more deeply than it may be sent
+            frame = _framed(Header(_ERROR, tag=number), to_wire(_as_store_error(error)))
+        try:
+            self._socket.send_multipart([client, frame])
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:  # a client that has gone needs no answer
                 raise
@@ -216,6 +226,17 @@ def _bound_to(listen_fd: int) -> tuple[str, int]:
             raise ValueError(f"file descriptor {listen_fd} is not a socket that listens")
         host, port = given.getsockname()[:2]
         return str(host), int(port)
+
+
+def _framed(header: Header, value: Any) -> bytes:
+    """A message; DistStoreError when it is longer than the other end takes."""
+    frame = pack(header, dumps(value))
+    if len(frame) > _LONGEST_MESSAGE:
+        raise DistStoreError(
+            f"a message of the store has at most {_LONGEST_MESSAGE:,} bytes, this one would have"
+            f" {len(frame):,}: keep large values somewhere else"
+        )
+    return frame
 
 
 def _as_store_error(error: Exception) -> DistStoreError:
@@ -327,8 +348,9 @@ class _Line:
 
     def ask(self, number: int, request: list[Any], timeout: float) -> Any:
         """Send one request and wait for its answer."""
+        frame = _framed(Header(_REQUEST, tag=number), request)
         self.answered = False
-        self._socket.send(pack(Header(_REQUEST, tag=number), dumps(request)))
+        self._socket.send(frame)
         patience = math.ceil((timeout + _ANSWER_TIME) * 1000)
         ready = dict(
             zmq.zmq_poll([(self._socket, zmq.POLLIN), (self._monitor, zmq.POLLIN)], patience)

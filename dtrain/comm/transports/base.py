@@ -11,6 +11,7 @@ one that closes says goodbye.
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import time
 from abc import ABC, abstractmethod
@@ -40,6 +41,8 @@ __all__ = [
 
 # How long a message may take that was sent before a third rank died.
 _UNDER_WAY = 0.03
+
+_log = logging.getLogger("dtrain.comm")
 
 # How many forks lie between the first process and this one; cheaper to compare than the process id.
 _forks = 0
@@ -241,6 +244,11 @@ class Transport(ABC):
     def peer(self, rank: int) -> Peer | None:
         """Which process `rank` is; None where all ranks are threads of this one."""
         return None
+
+    def distrust(self, src: int, error: Exception) -> None:
+        """Take `src` for lost: what it sent is `error`, and what follows would be no better."""
+        _log.warning("rank %d hears no more of rank %d: %s", self.rank, src, error)
+        self.mailbox.lose(src, PeerLost(src))
 
     def look(self) -> None:
         """Take in what has arrived, news and deaths too, without waiting.

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dtrain.errors import DistError, PeerLost, WrongSize
+from dtrain.wire import WireError
 
 __all__ = ["ANY_SOURCE", "Accept", "Array", "Incoming", "Mailbox", "Receive", "as_bytes"]
 
@@ -190,6 +191,8 @@ class Mailbox:
         A chunk that has to wait for its receive is kept by reference if it is `owned`, else copied.
         """
         with self.lock:
+            if src in self._arriving:
+                raise WireError("a message began before the one before it was complete")
             self._arrivals += 1
             incoming = Incoming(src, note, nbytes, self._arrivals)
             receive = self._take_posted(src, tag)
@@ -221,6 +224,8 @@ class Mailbox:
                 self._write(incoming, chunk, True)
 
     def _write(self, incoming: Incoming, chunk: Any, owned: bool) -> None:
+        if incoming.got + len(chunk) > incoming.nbytes:
+            raise WireError(f"more came than the {incoming.nbytes} bytes that were announced")
         incoming.write(chunk, owned)
         if incoming.got >= incoming.nbytes:
             del self._arriving[incoming.src]

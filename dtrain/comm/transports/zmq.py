@@ -92,6 +92,7 @@ class ZmqTransport(Transport):
         super().__init__(rank, size)
         self._listener: security.Listener | None = None
         self._network: Network | None = None
+        self.ignored = 0
         # Two contexts, because they end at different times: first all is sent, then the inbox goes.
         self._in_context, self._out_context = security.context(), security.context()
         try:
@@ -289,26 +290,44 @@ class ZmqTransport(Transport):
         if network is not None and not network.is_from(frame, header.src):
             return
         if header.job != self._job or not 0 <= header.src < self.size:
-            _log.warning("rank %d ignored a message that does not belong to its job", self.rank)
+            self._ignore()
             return
-        self._deliver(header, body, chunk)
+        try:
+            self._deliver(header, body, chunk)
+        except WireError as error:  # what comes after it cannot be understood either
+            self.distrust(header.src, error)
+
+    def _ignore(self) -> None:
+        """Count a message that is none, or of another group; the first is worth a line."""
+        self.ignored += 1
+        if self.ignored == 1:
+            what = "rank %d ignored a message that does not belong to its job, and counts others"
+            _log.warning(what, self.rank)
 
     def _deliver(self, header: Header, body: bytes, chunk: memoryview | None) -> None:
         kind, src, tag, nbytes, _ = header
         if kind == INLINE:
             cut = len(body) - nbytes
+            if cut < 0:
+                raise WireError(f"{nbytes} bytes were announced, {len(body)} came")
             self.mailbox.begin(src, tag, body[:cut], nbytes, body[cut:])
         elif kind == DATA:
+            if chunk is None:
+                raise WireError("a message without its data")
             self.mailbox.begin(src, tag, body, nbytes, chunk)
         elif kind == MORE:
+            if chunk is None:
+                raise WireError("a chunk without data")
             self.mailbox.write(src, chunk)
         elif kind == NEWS:
             self.mailbox.add_news(src, body)
         elif kind == GOODBYE:
             self._suspects.pop(src, None)
             self.mailbox.lose(src, PeerLost(src, orderly=True))
-        else:
+        elif kind == WAKE:
             self.mailbox.touch()
+        else:
+            raise WireError(f"a message of unknown kind {kind}")
 
     def _note_break(self) -> None:
         event = parse_monitor_message(self._monitor.recv_multipart(_NOW))
