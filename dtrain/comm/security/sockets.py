@@ -35,7 +35,7 @@ __all__ = [
 
 MAX_FRAME = CHUNK + 64 * 1024
 # A stranger can make the server hold one frame per connection, for as long as a handshake may take.
-MAX_STORE_FRAME = MAX_FRAME
+MAX_STORE_FRAME = (8 << 20) + 64 * 1024
 
 # The ZAP domain: with an empty one libzmq lets everybody in.
 DOMAIN = b"dtrain"
