@@ -1,13 +1,9 @@
-"""Who may be heard: secrets and their files, keys, gates, and what may be listened on."""
+"""Who may be heard: gates, and what may be listened on."""
 
 from __future__ import annotations
 
-import os
-import re
-import stat
 import threading
 import time
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -17,166 +13,18 @@ from zmq.utils.monitor import parse_monitor_message
 from dtrain import env
 from dtrain.comm import security
 from dtrain.comm.collectives import AllReduce, Barrier
-from dtrain.comm.security import addresses, keys, secret
+from dtrain.comm.security import addresses
 from dtrain.comm.security.sockets import PROTECTION, protect
-from dtrain.comm.store import tcp
 from dtrain.comm.store.tcp import StoreServer, TcpStore
-from dtrain.comm.transports.zmq import DATA, INLINE, MORE, NEWS
 from dtrain.errors import (
     DistNetworkError,
     DistStoreError,
-    PeerLost,
-    SecretError,
     TransportTimeout,
 )
 from dtrain.testing.world import run_ranks, run_world
-from dtrain.wire import Header, dumps, pack, unpack
-
-SECRET = b"0123456789abcdef" * 4
-
-
-@pytest.fixture
-def file(tmp_path):
-    path = tmp_path / "job.key"
-    path.write_bytes(SECRET)
-    path.chmod(0o600)
-    return path
-
-
-# ---- the secret
-
-
-def test_a_secret_is_found_in_the_run_directory_then_by_its_path_then_at_home(file, tmp_path):
-    home = {"XDG_STATE_HOME": str(tmp_path / "state")}
-    own = secret.job_secret(home)
-    assert len(own) == 64
-    assert secret.job_secret({**home, "DTRAIN_SECRET_FILE": str(file)}) == SECRET
-    run = tmp_path / "run"
-    run.mkdir()
-    both = {"DTRAIN_SECRET_FILE": str(file), "DTRAIN_RUN_DIR": str(run)}
-    assert secret.job_secret(both) == SECRET  # an older launcher's directory has none
-    (run / "secret").write_bytes(b"r" * 32)
-    (run / "secret").chmod(0o600)
-    assert secret.job_secret(both) == b"r" * 32
-
-
-def test_the_users_own_secret_is_made_once_and_is_private(tmp_path):
-    places = {"XDG_RUNTIME_DIR": str(tmp_path / "run"), "XDG_STATE_HOME": str(tmp_path / "state")}
-    found, together = [], threading.Barrier(8)
-
-    def look():
-        together.wait()
-        found.append(secret.job_secret(places))
-
-    threads = [threading.Thread(target=look) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    folder = tmp_path / "run" / "dtrain"
-    assert len(set(found)) == 1
-    assert [path.name for path in folder.iterdir()] == ["secret"]
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert stat.S_IMODE((folder / "secret").stat().st_mode) == 0o600
-
-
-@pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o602, 0o777])
-def test_a_secret_that_others_can_read_or_change_is_refused(file, mode):
-    file.chmod(mode)
-    with pytest.raises(SecretError, match=f"mode {mode:04o}.*run chmod 600 {file}") as caught:
-        secret.read_secret(file)
-    assert SECRET.decode() not in str(caught.value)
-
-
-def test_a_secret_of_another_user_is_refused_and_roots_is_not(file, monkeypatch):
-    owner = file.stat().st_uid
-    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
-    real = os.fstat
-
-    def owned_by(user):
-        def fstat(descriptor):
-            values = list(real(descriptor))
-            values[4] = user
-            return os.stat_result(values)
-
-        return fstat
-
-    monkeypatch.setattr(os, "fstat", owned_by(owner + 2))
-    with pytest.raises(SecretError, match=f"belongs to user {owner + 2}"):
-        secret.read_secret(file)
-    monkeypatch.setattr(os, "fstat", owned_by(0))
-    file.chmod(0o440)  # as orchestrators mount secrets for a group
-    assert secret.read_secret(file) == SECRET
-    file.chmod(0o444)
-    with pytest.raises(SecretError, match="mode 0444"):
-        secret.read_secret(file)
-
-
-@pytest.mark.parametrize("content", [b"", b"x" * 31, b"x" * 5000])
-def test_a_secret_of_a_wrong_length_is_refused(file, content):
-    file.write_bytes(content)
-    with pytest.raises(SecretError, match="expected 32 to 4096: make one with dtrun keygen"):
-        secret.read_secret(file)
-
-
-def test_a_secret_that_is_not_there_or_not_a_file_is_named(tmp_path):
-    with pytest.raises(SecretError, match="nowhere: No such file"):
-        secret.read_secret(tmp_path / "nowhere")
-    with pytest.raises(SecretError, match=re.escape(str(tmp_path))):
-        secret.read_secret(tmp_path)
-    fifo = tmp_path / "fifo"
-    os.mkfifo(fifo, 0o600)
-    with pytest.raises(SecretError, match="not a regular file"):
-        secret.read_secret(fifo)
-
-
-def test_where_no_secret_can_be_made_the_way_out_is_named(tmp_path):
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    with pytest.raises(SecretError, match="set DTRAIN_SECRET_FILE"):
-        secret.job_secret({"XDG_STATE_HOME": str(blocked)})
-
-
-# ---- keys
-
-
-def test_hkdf_is_rfc_5869(monkeypatch):
-    """Test case 1 of the RFC; its first 32 bytes are the first block."""
-    monkeypatch.setattr(keys, "_SALT", bytes(range(13)))
-    output = keys.hkdf(b"\x0b" * 22, bytes(range(0xF0, 0xFA)))
-    assert output.hex() == "3cb25f25faacd57a90434f64d0362f2a2d2d0a90cf1a5a4c5db02d56ecc4c5bf"
-
-
-def test_every_role_run_attempt_and_secret_has_keys_of_its_own(monkeypatch):
-    seen = set()
-    for run, attempt, content in [
-        ("a", 0, SECRET),
-        ("a", 1, SECRET),
-        ("b", 0, SECRET),
-        ("a", 0, b"y" * 32),
-    ]:
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", run)
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
-        assert keys.store_keys(content) == keys.store_keys(content)
-        seen |= {pair.public for pair in keys.store_keys(content)}
-    assert len(seen) == 8
-
-
-def test_a_pair_does_not_show_its_secret_half():
-    pair = keys.fresh_keys()
-    assert pair.secret.decode() not in f"{pair} {pair!r}"
-
+from tests.comm.sockets import a_socket
 
 # ---- listening
-
-
-@contextmanager
-def a_socket(kind=zmq.DEALER):
-    context = security.context()
-    try:
-        yield context, security.open_socket(context, kind)
-    finally:
-        context.destroy(linger=0)
 
 
 @pytest.mark.parametrize(
@@ -378,98 +226,3 @@ def test_a_rank_cannot_speak_for_another_one(caplog):
 
     assert run_world(3, forge, transport="tcp")[2] == ([1] * 4, 1)
     assert "rank 2 refused a message of rank 0 that names rank 1 as its sender" in caplog.text
-
-
-# ---- rubbish from those who may enter
-
-MEMBERS = {
-    "more than announced": [(Header(DATA, nbytes=4), b"", b"12345")],
-    "less than announced": [(Header(INLINE, nbytes=100), b"short", None)],
-    "no data": [(Header(DATA, nbytes=4), b"", None)],
-    "a chunk too many": [
-        (Header(DATA, nbytes=4), b"", b"12"),
-        (Header(MORE, nbytes=4), b"", b"345"),
-    ],
-    "one inside another": [(Header(DATA, nbytes=4), b"", b"12")] * 2,
-    "an unknown kind": [(Header(99), b"", None)],
-    "news that are none": [(Header(NEWS), b"\xc1", None)],
-    "news of a wrong shape": [(Header(NEWS), dumps(["report", 1]), None)],
-}
-
-
-@pytest.mark.parametrize("backend", ["tcp", "zmq"])
-@pytest.mark.parametrize("what", MEMBERS)
-def test_a_member_that_sends_rubbish_is_lost_to_who_hears_it(what, backend, caplog):
-    def spoil(group):
-        transport = group.transport
-        group.submit(Barrier())
-        if group.rank == 0:
-            for header, body, chunk in MEMBERS[what]:
-                header = header._replace(src=0, job=transport._job)
-                frames = [pack(header, body), *([] if chunk is None else [chunk])]
-                transport._outbox.send_multipart([transport._ids[1], *frames])
-            return None
-        with pytest.raises(PeerLost) as caught:
-            transport.recv_into(0, 5, np.zeros(1), time.monotonic() + 10)
-        return caught.value.rank
-
-    assert run_ranks(2, spoil, transport=backend, abort=False)[1].value == 0
-    assert "rank 1 hears no more of rank 0: " in caplog.text
-
-
-@pytest.mark.parametrize(
-    "request_",
-    [
-        ["get", [5], 0.0],
-        ["get", [["a"], "b"], 0.0],
-        ["wait", [[1, None]], 0.001],
-        ["get", ["k"], float("nan")],
-        ["get", ["k"], "soon"],
-        ["get", ["k"], -1.0],
-        ["set", [], 1.0],
-        ["gather", ["g", 0, 2], 1.0],
-        ["collect", ["no such gather", 0, 0], 1.0],
-        ["do", [], 1.0],
-        [["get"], ["k"], 1.0],
-        "get",
-    ],
-)
-def test_the_store_says_what_is_wrong_with_a_request_and_goes_on(request_):
-    pair = security.store_keys()
-    with (
-        StoreServer() as server,
-        TcpStore("127.0.0.1", server.port, timeout=10) as client,
-        a_socket() as (_, member),
-    ):
-        security.connect(member, server.address, pair.client, pair.server.public)
-        member.send(pack(Header(0, tag=3), dumps(request_)))
-        assert member.poll(5000)
-        kind, *_ = unpack(member.recv())[0]
-        assert kind == tcp._ERROR
-        client.set("k", "v")
-        assert client.get("k") == b"v"
-
-
-def test_a_wait_for_ever_is_a_long_one():
-    pair = security.store_keys()
-    with (
-        StoreServer() as server,
-        TcpStore("127.0.0.1", server.port, timeout=10) as client,
-        a_socket() as (_, member),
-    ):
-        security.connect(member, server.address, pair.client, pair.server.public)
-        member.send(pack(Header(0, tag=3), dumps(["get", ["k"], float("inf")])))
-        assert not member.poll(50)
-        client.set("k", "v")
-        assert member.poll(5000)
-
-
-def test_a_value_too_large_for_a_message_is_refused_where_it_is_made():
-    with TcpStore("127.0.0.1", 0, is_master=True, timeout=10) as store:
-        with pytest.raises(DistStoreError, match="a message of the store has at most"):
-            store.set("k", bytes(9 << 20))
-        for _ in range(2):
-            store.append("k", bytes(5 << 20))
-        with pytest.raises(DistStoreError, match="this one would have 10,485,"):
-            store.get("k")
-        assert store.num_keys() == 1
