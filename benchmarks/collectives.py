@@ -3,130 +3,76 @@
     python benchmarks/collectives.py --nproc 2 --transport zmq
     python benchmarks/collectives.py --torch-python PATH    # gloo and MPICH beside it
     python benchmarks/collectives.py --nproc 4 --rounds 3   # more ranks than cores, less noise
+    python benchmarks/collectives.py --all                  # every table, and what is reached
 
-Starts its own ranks with dtrun. Times are medians in the caller of rank 0, each call after a
-barrier; GB/s is bytes over time (algorithm bandwidth). "empty" is the same call on tensors from
-`dist.empty`. With PyTorch at hand (in this interpreter or in the one named) the same file runs
-under torchrun in the same minutes, with mpi4py there under mpiexec, and ratios are printed. Rounds
-are run in turn, one of each library after the other, and the median of each figure is printed.
+Starts its own ranks with dtrun (what they run is in `collective_ranks.py`). Times are medians in
+the caller of rank 0, each call after a barrier; GB/s is bytes over time (algorithm bandwidth).
+"empty" is the same call on tensors from `dist.empty`. "send" is answered with 4 bytes. With PyTorch
+at hand (in this interpreter or in the one named) the same file runs under torchrun in the same
+minutes, with mpi4py there under mpiexec, and ratios are printed. Rounds are run in turn, one of
+each library after the other, and the median of each figure is printed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
 import sys
-import time
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from beside import measured
+from collective_ranks import KINDS
+from shaped_link import run_over, shaped_link, why_not
+from targets import verdicts
+
 SIZES = [4, 1 << 10, 64 << 10, 1 << 20, 16 << 20, 64 << 20]
-KINDS = ["all_reduce", "all_gather", "broadcast", "reduce_scatter", "barrier"]
+RANKS = str(Path(__file__).with_name("collective_ranks.py"))
 
 
-def median_time(call, barrier, repeats):
-    """Median seconds of `call`, each after a barrier; the first tenth and two more do not count."""
-    warm = repeats // 10 + 2
-    times = []
-    for _ in range(warm + repeats):
-        barrier()
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[warm:])
+@dataclass
+class Table:
+    """What one table measures. `flags` are dtrun's."""
+
+    name: str
+    transport: str
+    nproc: int = 2
+    sizes: list[int] = field(default_factory=lambda: SIZES)
+    kinds: list[str] = field(default_factory=lambda: KINDS)
+    flags: tuple[str, ...] = ()
+    repeats: int = 20
+
+    def arguments(self, library):
+        """What `collective_ranks.py` is told."""
+        backend = "gloo" if library == "torch" else self.transport
+        asked = ["--sizes", *map(str, self.sizes), "--kinds", *self.kinds]
+        return [library, backend, *asked, "--repeats", str(self.repeats)]
 
 
-def tensor_calls(dist, nbytes, make):
-    """{kind: a call on float32 tensors from `make(count)`}; all_gather's lists are ordinary."""
-    n, world = nbytes // 4, dist.get_world_size()
-    x, part = make(n).fill_(1.0), make(max(n // world, 1))
-    whole, gathered = make(max(n // world, 1) * world).fill_(1.0), make(n * world)
-    return {
-        "all_reduce": lambda: dist.all_reduce(x),
-        "all_gather": lambda: dist.all_gather_into_tensor(gathered, x),
-        "broadcast": lambda: dist.broadcast(x, 0),
-        "reduce_scatter": lambda: dist.reduce_scatter_tensor(part, whole),
-    }
+PLAIN = ("--data-plane", "plaintext")
+EVERY_TABLE = [
+    Table("shm, 2 ranks", "shm"),
+    Table("shm, 4 ranks", "shm", nproc=4, sizes=SIZES[:-1]),
+    Table("tcp in plain text, 2 ranks", "tcp", flags=PLAIN),
+    Table("tcp with CURVE, 2 ranks", "tcp", kinds=["all_reduce", "send"]),
+]
+SHAPED = Table(
+    "1 Gbit/s with CURVE, 2 ranks", "tcp", sizes=SIZES[3:], kinds=["all_reduce"], repeats=5
+)
 
 
-def mpi_calls(comm, nbytes):
-    """The same through mpi4py."""
-    import numpy as np
-    from mpi4py import MPI
-
-    n = nbytes // 4
-    count = max(n // comm.size, 1)
-    x, gathered = np.ones(n, np.float32), np.empty(n * comm.size, np.float32)
-    whole, part = np.ones(count * comm.size, np.float32), np.empty(count, np.float32)
-    return {
-        "all_reduce": lambda: comm.Allreduce(MPI.IN_PLACE, x),
-        "all_gather": lambda: comm.Allgather(x, gathered),
-        "broadcast": lambda: comm.Bcast(x, 0),
-        "reduce_scatter": lambda: comm.Reduce_scatter_block(whole, part),
-    }
-
-
-def measure(calls_for, barrier, sizes):
-    """{kind: {bytes: seconds}} on this rank; the same code for all libraries."""
-    found = {kind: {} for kind in KINDS}
-    for nbytes in sizes:
-        repeats = 200 if nbytes < 1 << 20 else 20
-        for kind, call in calls_for(nbytes).items():
-            found[kind][nbytes] = median_time(call, barrier, repeats)
-    found["barrier"][0] = median_time(barrier, barrier, 200)
-    return found
-
-
-def rank_main(library, backend, sizes):
-    """What every rank runs: rank 0 prints its times as one JSON line."""
-    if library == "mpi":
-        from mpi4py import MPI
-
-        comm = MPI.COMM_WORLD
-        found = {"mpich": measure(partial(mpi_calls, comm), comm.Barrier, sizes)}
-        if comm.rank == 0:
-            print(json.dumps(found), flush=True)
-        return
-    torch = __import__(library)
-    dist = torch.distributed
-    if library == "torch":
-        torch.set_num_threads(1)
-    dist.init_process_group(backend)
-    makes = {"gloo": torch.empty} if library == "torch" else {"ours": torch.empty}
-    if library == "dtrain":
-        makes["empty"] = dist.empty
-    found = {
-        column: measure(partial(tensor_calls, dist, make=make), dist.barrier, sizes)
-        for column, make in makes.items()
-    }
-    if dist.get_rank() == 0:
-        print(json.dumps(found), flush=True)
-    dist.destroy_process_group()
-
-
-def launched(launcher, library, backend, sizes):
-    """Run the ranks and return rank 0's {column: {kind: {bytes: seconds}}}."""
-    command = [*launcher, __file__, "--rank-of", library, "--transport", backend]
-    command += ["--sizes", *map(str, sizes)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")
-    line = next(text for text in done.stdout.splitlines() if "{" in text)
-    return json.loads(line[line.index("{") :])
-
-
-def launchers(python, nproc):
+def launchers(python, table):
     """{library: the command that starts its ranks}, of those that are here."""
-    flags = ["--standalone", "--nproc-per-node", str(nproc)]
-    found = {"dtrain": [str(Path(sys.executable).with_name("dtrun")), *flags]}
+    flags = ["--standalone", "--nproc-per-node", str(table.nproc)]
+    dtrun = str(Path(sys.executable).with_name("dtrun"))
+    found = {"dtrain": [dtrun, *flags, *table.flags]}
     if imports(python, "torch"):
         found["torch"] = [python, "-m", "torch.distributed.run", *flags]
     mpiexec = Path(python).with_name("mpiexec")
     if imports(python, "mpi4py") and mpiexec.exists():
-        found["mpi"] = [str(mpiexec), "-n", str(nproc), python]
+        found["mpi"] = [str(mpiexec), "-n", str(table.nproc), python]
     return found
 
 
@@ -134,6 +80,36 @@ def imports(python, module):
     """Whether that interpreter has the module."""
     probe = f"import importlib.util as u; raise SystemExit(not u.find_spec({module!r}))"
     return not subprocess.run([python, "-c", probe], check=False).returncode
+
+
+def measured_table(table, python, rounds):
+    """{column: {kind: {bytes: seconds}}}, medians over the rounds."""
+    starts = launchers(python, table)
+    found = []
+    for _ in range(rounds):
+        found.append({})
+        for library, start in starts.items():
+            found[-1].update(measured(start, RANKS, table.arguments(library), dict(os.environ)))
+    return median_of(found)
+
+
+def measured_over_link(table, python):
+    """The same over a link of 1 Gbit/s, beside gloo; why not, where that cannot be made."""
+    reason = why_not()
+    if reason is not None:
+        return reason
+    starts = {"dtrain": sys.executable}
+    if imports(python, "torch"):
+        starts["torch"] = python
+    found = {}
+    try:
+        with shaped_link() as names:
+            for library, start in starts.items():
+                command = [start, RANKS, *table.arguments(library)]
+                found.update(run_over(names, command, dict(os.environ)))
+    except OSError as error:
+        return str(error)
+    return median_of([found])
 
 
 def median_of(rounds):
@@ -151,11 +127,17 @@ def median_of(rounds):
 
 def print_table(found):
     """One block per collective: bytes, microseconds, GB/s, the other libraries', and ratios."""
+    if isinstance(found, str):
+        print(f"not run: {found}")
+        return
     columns = list(found)
     ratios = [
-        (other, own) for other in ("gloo", "mpich") if other in found for own in ("ours", "empty")
+        (other, own)
+        for other in ("gloo", "mpich")
+        for own in ("ours", "empty")
+        if other in found and own in found
     ]
-    for kind in KINDS:
+    for kind in found["ours"]:
         names = "".join(f"{f'{column} us':>12}" for column in columns)
         over = "".join(f"{f'{other}/{own}':>13}" for other, own in ratios)
         print(f"\n# {kind}\n# {'bytes':>10}{names}{'GB/s':>8}{over}")
@@ -167,30 +149,43 @@ def print_table(found):
             print(f"{nbytes:>12}{row}{rate:>8.2f}{over}")
 
 
+def print_all(python, rounds):
+    """Every table, and one line per target."""
+    tables = {}
+    for table in EVERY_TABLE:
+        print(f"\n## {table.name}")
+        tables[table.name] = measured_table(table, python, rounds)
+        print_table(tables[table.name])
+    print(f"\n## {SHAPED.name}")
+    tables[SHAPED.name] = measured_over_link(SHAPED, python)
+    print_table(tables[SHAPED.name])
+    print("\n## Targets: how much of each is reached at the worst size, 1 and more is all of it")
+    for line in verdicts(tables):
+        print(line)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nproc", type=int, default=2)
     parser.add_argument("--transport", default="shm", help="dtrain's transport (default shm)")
+    parser.add_argument("--data-plane", default="curve", help="curve or plaintext, over tcp")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="bytes")
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, help="which calls")
     parser.add_argument("--torch-python", default=sys.executable, help="an interpreter with torch")
     parser.add_argument("--rounds", type=int, default=1, help="runs of each library")
-    parser.add_argument("--rank-of", choices=["dtrain", "torch", "mpi"], help=argparse.SUPPRESS)
+    parser.add_argument("--all", action="store_true", help="every table, and what is reached")
     args = parser.parse_args()
-    if args.rank_of:
-        rank_main(args.rank_of, args.transport, args.sizes)
-        return
-    starts = launchers(args.torch_python, args.nproc)
+    flags = ("--data-plane", args.data_plane)
+    table = Table("", args.transport, args.nproc, args.sizes, args.kinds, flags)
     blas = os.environ.get("OPENBLAS_CORETYPE", "unset")
-    print(f"# {args.nproc} ranks, transport {args.transport}, float32, {os.cpu_count()} cores, "
-          f"OPENBLAS_CORETYPE {blas}, beside: {', '.join(list(starts)[1:]) or 'nothing'}, load "
-          f"{os.getloadavg()[0]:.1f}")  # fmt: skip
-    rounds = []
-    for _ in range(args.rounds):
-        rounds.append({})
-        for library, start in starts.items():
-            backend = "gloo" if library == "torch" else args.transport
-            rounds[-1].update(launched(start, library, backend, args.sizes))
-    print_table(median_of(rounds))
+    beside = ", ".join(list(launchers(args.torch_python, table))[1:]) or "nothing"
+    which = "all tables" if args.all else f"{args.nproc} ranks, transport {args.transport}"
+    print(f"# {which}, float32, {os.cpu_count()} cores, OPENBLAS_CORETYPE {blas}, "
+          f"beside: {beside}, load {os.getloadavg()[0]:.1f}")  # fmt: skip
+    if args.all:
+        print_all(args.torch_python, args.rounds)
+    else:
+        print_table(measured_table(table, args.torch_python, args.rounds))
 
 
 if __name__ == "__main__":
