@@ -75,6 +75,27 @@ def _transport_moves_all_sizes(transport: Transport) -> None:
     assert transport.bytes_sent == sum(_SIZES)
 
 
+def _transport_brings_memory(transport: Transport) -> None:
+    """Messages whose receiver gives no array: of all sizes, posted before they come and after."""
+    after, before = (transport.rank + 1) % transport.size, (transport.rank - 1) % transport.size
+    if transport.size == 1:
+        return
+    for nbytes in _SIZES:
+        sent = np.full(nbytes, transport.rank, np.uint8)
+        posted = transport.post(before, 0, nbytes)
+        transport.send(after, 0, sent)
+        transport.send(after, 1, sent)
+        transport.send(after, 2, sent[:0])
+        transport.recv_into(before, 2, sent[:0], _soon())  # those of the tags before are here, too
+        for receive in (posted, transport.post(before, 1, nbytes)):
+            assert transport.wait(receive, _soon()) == before
+            assert receive.data is not None
+            assert (receive.data == np.full(nbytes, before, np.uint8)).all()
+            receive.data += 1  # the receiver's, and nobody else's
+        transport.flush(_soon())
+        assert (sent == transport.rank).all()
+
+
 def _transport_keeps_order_and_tags(transport: Transport) -> None:
     """Rank 0 sends 0..9 on two tags to everybody.
 
@@ -204,6 +225,7 @@ def _transport_serves_threads(transport: Transport) -> None:
 
 TRANSPORT_CHECKS: dict[str, Callable[[Transport], None]] = {
     "moves all sizes": _transport_moves_all_sizes,
+    "brings memory": _transport_brings_memory,
     "keeps order and tags": _transport_keeps_order_and_tags,
     "receives from anybody": _transport_receives_from_anybody,
     "times out": _transport_times_out,

@@ -81,7 +81,8 @@ class ZmqTransport(Transport):
 
     `where` is "ipc" (the default: unix sockets among ranks of one host, TCP between hosts), "tcp"
     for TCP among all, or "tcp://HOST" to say by which address. Sending is zero-copy for arrays of
-    64 KiB and more; receiving copies once, from the socket's frame to where the array belongs.
+    256 KiB and more; receiving copies once, from the socket's frame to where the array belongs, or
+    not at all where the receiver takes the frame.
     """
 
     name = "zmq"
