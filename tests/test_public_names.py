@@ -28,6 +28,9 @@ CLASSES = {
         "dtrain.distributed.elastic.utils.data",
         "dtrain.distributed.elastic.utils.data.elastic_distributed_sampler",
     ): "ElasticDistributedSampler",
+    ("dtrain.distributed.optim", "dtrain.distributed.optim.post_localSGD_optimizer"): (
+        "PostLocalSGDOptimizer"
+    ),
     ("dtrain.nn", "dtrain.nn.modules.module"): "Module",
     ("dtrain.nn", "dtrain.nn.modules.batchnorm"): "BatchNorm1d BatchNorm2d SyncBatchNorm",
     ("dtrain.nn", "dtrain.nn.modules.container"): "Sequential ModuleList",
@@ -128,6 +131,12 @@ NAMES = {
     "dtrain.distributed.nn.functional": """
         broadcast gather scatter reduce reduce_scatter all_gather all_to_all all_to_all_single
         all_reduce _all_gather_base""",
+    "dtrain.distributed.algorithms.model_averaging.averagers": """
+        ModelAverager PeriodicModelAverager""",
+    "dtrain.distributed.algorithms.model_averaging.hierarchical_model_averager": """
+        HierarchicalModelAverager""",
+    "dtrain.distributed.algorithms.model_averaging.utils": """
+        average_parameters get_params_to_average average_parameters_or_parameter_groups""",
     "dtrain.testing": "run_world gradcheck",
 }
 

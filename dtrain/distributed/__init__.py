@@ -144,7 +144,7 @@ from dtrain.errors import (
     QueueEmptyError as QueueEmptyError,
 )
 
-_LAZY = ("algorithms", "elastic", "nn", "device_mesh", "distributed_c10d")
+_LAZY = ("algorithms", "elastic", "nn", "optim", "device_mesh", "distributed_c10d")
 _LAZY_NAMES = ("DeviceMesh", "init_device_mesh")
 
 
