@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 
 from dtrun import secret
 from dtrun.spec import MODULE, PROGRAM, SCRIPT, Spec, cores
@@ -111,7 +112,28 @@ def endpoint(given: argparse.Namespace, nnodes: int) -> tuple[str, int]:
         addr, colon, text = given.rdzv_endpoint.rpartition(":")
         addr, text = (addr, text) if colon else (text, "0")
         port = _port("--rdzv-endpoint", text)
-    return addr.strip("[]"), port or (DEFAULT_PORT if nnodes > 1 else 0)
+    addr = addr.strip("[]")
+    if nnodes > 1:
+        check_reachable(addr)
+    return addr, port or (DEFAULT_PORT if nnodes > 1 else 0)
+
+
+def check_reachable(name: str) -> None:
+    """Refuse a name that means this node alone, as some /etc/hosts have it for the node's own.
+
+    Digits and localhost are taken as they are, a name that is not known yet may become so.
+    """
+    if name == "localhost" or ":" in name or name.replace(".", "").isdecimal():
+        return
+    try:
+        found = socket.gethostbyname(name)
+    except OSError:
+        return
+    if found.startswith("127."):
+        raise ValueError(
+            f"rank 0's address {name} is {found} on this node, which no other node can reach: "
+            "give it in digits, or correct /etc/hosts"
+        )
 
 
 def _port(flag: str, text: str) -> int:

@@ -69,6 +69,24 @@ def test_everyday_flags():
     assert (spec.log_dir, spec.shown, spec.role) == ("logs", {1}, "r")
 
 
+@pytest.mark.parametrize("name", ["node0", "localhost", "127.0.0.1", "::1", "nowhere"])
+def test_a_name_that_only_this_node_understands_is_refused(name, monkeypatch, capsys):
+    known = {"node0": "127.0.1.1", "node1": "10.0.0.1", "localhost": "127.0.0.1"}
+
+    def look_up(name):
+        if name not in known:
+            raise OSError("unknown")
+        return known[name]
+
+    monkeypatch.setattr(options.socket, "gethostbyname", look_up)
+    flags = ["--nnodes", "2", "--master-addr"]
+    assert parse([*flags, "node1", "train.py"]).master_addr == "node1"
+    if name == "node0":
+        assert "rank 0's address node0 is 127.0.1.1" in refusal([*flags, name, "train.py"], capsys)
+    else:
+        assert parse([*flags, name, "train.py"]).master_addr == name
+
+
 def test_several_nodes_meet_at_torchs_port():
     assert parse(["--nnodes", "2:2", "train.py"]).master_port == 29500
 
