@@ -30,6 +30,7 @@ __all__ = [
     "local_addr",
     "rendezvous",
     "run_identity",
+    "stall_warning",
 ]
 
 
@@ -88,6 +89,21 @@ class LaunchEnv:
 def is_launched(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether dtrun or torchrun started this process. Source: `dist.is_torchelastic_launched`."""
     return "TORCHELASTIC_RUN_ID" in environ
+
+
+def stall_warning(environ: Mapping[str, str] = os.environ) -> float:
+    """After how many seconds a call that waits warns: DTRAIN_STALL_WARNING, else 5; 0: never.
+
+    ValueError for what is not a number of seconds.
+    """
+    text = environ.get("DTRAIN_STALL_WARNING") or "5"
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not seconds >= 0:
+        raise ValueError(f"DTRAIN_STALL_WARNING must be a number of seconds, got {text!r}")
+    return seconds or float("inf")
 
 
 def run_identity(environ: Mapping[str, str] = os.environ) -> str:

@@ -2,8 +2,9 @@
 
 Owns: the format, its writer (`section`) and its reader (`read`); standard library only, because the
 launcher reads it too. Under dtrun it is the file `flight-<rank>` in the run directory, mapped by
-the rank that writes it: what it holds survives the rank's death, however it comes. A process
-without a run directory keeps the same bytes to itself. Rules: 1. one page says who the rank is;
+the rank that writes it: what it holds survives the rank's death, however it comes. Without a run
+directory it is a nameless file (memfd), which others of this user can open as long as the process
+lives. Rules: 1. one page says who the rank is;
 behind it stand `SECTIONS` sections, one per group: a page that names the group, and a ring of its
 last `CALLS` calls. 2. Room is allocated before it is used: a write never fails. 3. A call is
 written with one `pack_into` when it begins and one when it ends (0.3 us together). The writer never
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from dtrain import stacks
 from dtrain.processes import start_of
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "GroupFlight",
     "Section",
     "close",
+    "here",
     "of_process",
     "open_sections",
     "read",
@@ -122,13 +125,18 @@ class _Writer:
         self._unused = list(range(SECTIONS - 1, -1, -1))
         self._closed: list[Section] = []
         self._numbers: dict[tuple[str, int], int] = {}
-        self._file = _create()
-        self._memory = mmap.mmap(-1 if self._file is None else self._file, _LENGTH)
+        self._file = stacks.own_file("flight")
+        os.ftruncate(self._file, _LENGTH)
+        self._memory = mmap.mmap(self._file, _LENGTH)
+        if not self._reserve(0, _PAGE):
+            self._memory = mmap.mmap(-1, _LENGTH)
+            self._unused = []
         pid, main = os.getpid(), threading.main_thread().ident or 0
-        clock = time.time() - time.monotonic()
-        rank = int(os.environ.get("RANK") or -1)
-        host = socket.gethostname().encode()
-        _HEAD.pack_into(self._memory, 0, _MAGIC, pid, start_of(pid), rank, main, 0, clock, host)
+        fields = (
+            *(pid, start_of(pid), int(os.environ.get("RANK") or -1), main),
+            *(stacks.answer(), time.time() - time.monotonic(), socket.gethostname().encode()),
+        )
+        _HEAD.pack_into(self._memory, 0, _MAGIC, *fields)
 
     def section(self, name: str, rank: int, size: int) -> Section:
         with self._lock:
@@ -139,20 +147,24 @@ class _Writer:
             return taken
 
     def _take(self) -> Section:
-        if self._unused and self._reserve(at := _PAGE + self._unused[-1] * _SECTION):
+        if self._unused and self._reserve(at := _PAGE + self._unused[-1] * _SECTION, _SECTION):
             self._unused.pop()
             return Section(self._memory, at)
         if self._closed:
             return self._closed.pop(0)
         return Section(mmap.mmap(-1, _SECTION), 0)  # which nobody else sees
 
-    def _reserve(self, at: int) -> bool:
-        """Whether the file system has room for one more section."""
+    def _reserve(self, at: int, nbytes: int) -> bool:
+        """Whether there is room for that much more."""
         try:
-            if self._file is not None:
-                os.posix_fallocate(self._file, at, _SECTION)
+            os.posix_fallocate(self._file, at, nbytes)
         except OSError as error:
-            _warn(error)
+            warnings.warn(
+                f"the last calls of this rank cannot be read by others: no room for its flight"
+                f" record ({error})",
+                RuntimeWarning,
+                stacklevel=6,
+            )
             return False
         return True
 
@@ -164,56 +176,39 @@ class _Writer:
                 self._closed.append(section)
 
 
-def _create() -> int | None:
-    """This rank's file, with room for its first page; None where it has none."""
-    directory, rank = os.environ.get("DTRAIN_RUN_DIR"), os.environ.get("RANK")
-    if not directory or not rank:
-        return None
-    try:
-        file = os.open(Path(directory, f"flight-{rank}"), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:  # our parent's
-        return None
-    try:
-        os.ftruncate(file, _LENGTH)
-        os.posix_fallocate(file, 0, _PAGE)
-    except OSError as error:
-        os.close(file)
-        _warn(error)
-        return None
-    return file
+_making = threading.Lock()
+_made = functools.cache(_Writer)
 
 
-def _warn(error: OSError) -> None:
-    warnings.warn(
-        f"the last calls of this rank cannot be read by others: no room for its flight record in"
-        f" {os.environ['DTRAIN_RUN_DIR']} ({error})",
-        RuntimeWarning,
-        stacklevel=5,
-    )
+def here() -> _Writer:
+    """The flight record of this process, made when it is first asked for."""
+    with _making:
+        return _made()
 
 
-@functools.cache
-def _here() -> _Writer:
-    return _Writer()
+def _forget() -> None:
+    """A forked child is no rank: what it writes must not appear in its parent's record."""
+    global _making
+    _making = threading.Lock()
+    _made.cache_clear()
 
 
-# A forked child is no rank: what it writes must not appear in its parent's record.
-os.register_at_fork(after_in_child=_here.cache_clear)
+os.register_at_fork(after_in_child=_forget)
 
 
 def section(name: str, rank: int, size: int) -> Section:
     """A section for a group that this process joins as `rank` of `size`; `close` gives it back."""
-    return _here().section(name, rank, size)
+    return here().section(name, rank, size)
 
 
 def close(section: Section) -> None:
     """The group is closed; its calls stay readable until another group needs the section."""
-    _here().close(section)
+    here().close(section)
 
 
 def open_sections() -> list[Section]:
     """Those of the groups that this process has open."""
-    return list(_here().sections)
+    return list(here().sections)
 
 
 # ---- reading
@@ -297,14 +292,19 @@ def read_all(directory: str | Path) -> list[Flight]:
     return sorted((flight for flight in found if flight), key=lambda flight: flight.rank)
 
 
-def of_process(directory: str | Path, pid: int) -> Flight | None:
-    """The record that process `pid` has written."""
-    for path in _files(directory):
+def of_process(pid: int) -> Flight | None:
+    """The record of a process of this user on this host.
+
+    When the process has ended there is one only in the run directory of this process.
+    """
+    directory = os.environ.get("DTRAIN_RUN_DIR")
+    for path in _files(directory) if directory else ():
         with open(path, "rb") as file:
             page = file.read(_HEAD.size)
         if page[: len(_MAGIC)] == _MAGIC and _HEAD.unpack(page)[1] == pid:
             return read(path)
-    return None
+    path = stacks.nameless("flight", pid)
+    return None if path is None else read(path)
 
 
 def _files(directory: str | Path) -> list[Path]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 # (`dtrain.comm`, `dtrain.nn` ...); the two towers never see each other. A module without a row is
 # an error: give it one.
 BASE = (
-    *("errors", "env", "flight", "logs", "processes", "wire", "version"),
+    *("errors", "env", "flight", "logs", "processes", "stacks", "wire", "version"),
     *("cuda", "device", "draws", "dtypes", "generator", "heap", "missing", "random", "ranks"),
     "threads",
 )
@@ -34,7 +34,7 @@ COMPUTE = (
 )
 COMM = (
     ("comm.store", "comm.transports", "comm.security", "comm.topology", "comm.work", "comm.record"),
-    ("comm.vigil",),
+    ("comm.vigil", "comm.witness"),
     ("comm.channel", "comm.arrays", "comm.parts", "comm.reduce"),
     ("comm.chain",),
     ("comm.window_algorithms", "comm.island_algorithms"),

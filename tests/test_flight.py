@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from dtrain import flight
+from dtrain import flight, stacks
 
 
 @pytest.fixture
@@ -18,11 +18,12 @@ def section(tmp_path, monkeypatch):
     """A section in a file, as a rank under dtrun has it."""
     monkeypatch.setenv("DTRAIN_RUN_DIR", str(tmp_path))
     monkeypatch.setenv("RANK", "3")
-    flight._here.cache_clear()
+    monkeypatch.setattr(stacks, "answer", lambda: 0)
+    writer = flight._Writer()
+    monkeypatch.setattr(flight, "here", lambda: writer)
     yield flight.section("world", 1, 4)
-    os.close(flight._here()._file)
-    flight._here()._memory.close()
-    flight._here.cache_clear()
+    os.close(writer._file)
+    writer._memory.close()
 
 
 def test_a_call_comes_back(section, tmp_path):
@@ -115,8 +116,8 @@ def test_a_child_does_not_write_into_the_record_of_its_parent(section, tmp_path)
 
 def test_a_record_is_found_by_its_process(section, tmp_path):
     (tmp_path / "flight-0").write_bytes(b"")
-    assert flight.of_process(tmp_path, os.getpid()).rank == 3
-    assert flight.of_process(tmp_path, os.getpid() + 1) is None
+    assert flight.of_process(os.getpid()).rank == 3
+    assert flight.of_process(1) is None
     assert [record.rank for record in flight.read_all(tmp_path)] == [3]
 
 

@@ -16,17 +16,20 @@ and raise the same error. The result is told once more, for ranks that have gone
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from dtrain.comm.channel import read_note
-from dtrain.comm.record import RING, CallRecord, Recorder
+from dtrain.comm.record import POINT_TO_POINT, RING, CallRecord, Recorder
 from dtrain.comm.transports.base import Transport
 from dtrain.comm.vigil import Vigil
+from dtrain.comm.witness import whereabouts
 from dtrain.errors import (
     CollectiveMismatch,
     CollectiveTimeout,
@@ -44,6 +47,9 @@ __all__ = ["STALL", "Agreement", "Disturbed"]
 # mismatch is told.
 STALL = 0.2
 SETTLE = 0.5
+
+# Of how many absent ranks a report tells the stacks.
+_WITNESSED = 4
 
 
 class Disturbed(Exception):
@@ -67,10 +73,13 @@ class Report:
 class Agreement:
     """The knowledge of one rank about the calls of the others."""
 
-    def __init__(self, group: str, transport: Transport, recorder: Recorder) -> None:
+    def __init__(
+        self, group: str, transport: Transport, recorder: Recorder, stall_after: float
+    ) -> None:
         self._group = group
         self._transport = transport
         self._recorder = recorder
+        self._stall_after = stall_after
         self._lock = threading.Lock()
         self._reports: defaultdict[int, dict[int, Report]] = defaultdict(dict)  # {seq: {rank: ..}}
         self._announced: set[int] = set()
@@ -105,10 +114,51 @@ class Agreement:
 
     def vigil(self, record: CallRecord) -> Vigil:
         """What looks around while this rank waits long in `record`; it tells everybody, first."""
-        return Vigil(self._transport, partial(self.announce, record))
+        return Vigil(
+            self._transport,
+            partial(self.announce, record),
+            partial(self._plight, record),
+            record.begun + self._stall_after,
+            logging.INFO if record.patient else logging.WARNING,
+        )
+
+    def _plight(self, record: CallRecord, absent: Sequence[int]) -> str:
+        """Who waits where, for whom, and what these do."""
+        waiting = self._waiting(record.seq)
+        seconds = time.monotonic() - record.begun
+        also = f"; {_ranks(waiting)} in it as well" if waiting else ""
+        first = (
+            f"{record} at {record.site}: rank {self._transport.rank} has waited {seconds:.1f} s for"
+            f" {_ranks(absent)}{also}"
+        )
+        return "\n    ".join([first, *self._witness(self._away(record.seq, absent))])
+
+    def _away(self, seq: int | None, absent: Sequence[int]) -> list[int]:
+        """Who keeps this rank waiting in call `seq`: the `absent`, or those these may wait for."""
+        if seq is None or seq == POINT_TO_POINT:
+            return list(absent)
+        waiting = self._waiting(seq)
+        unheard = [r for r in self._transport.peers if self.heard.get(r, -1) < seq]
+        return [r for r in dict.fromkeys([*absent, *unheard]) if r not in waiting] or list(absent)
+
+    def _waiting(self, seq: int) -> list[int]:
+        """Who has told that it waits in this call."""
+        with self._lock:
+            return sorted(r for r, report in self._reports.get(seq, {}).items() if report.told)
+
+    def _witness(self, ranks: Sequence[int]) -> list[str]:
+        """What these ranks do."""
+        lines = []
+        for rank in ranks[:_WITNESSED]:
+            peer = self._transport.peer(rank)
+            lines += whereabouts(self._group, rank, peer, self._whereabouts(rank))
+        left = len(ranks) - _WITNESSED
+        return [*lines, f"and {left} more ranks"] if left > 0 else lines
 
     def announce(self, record: CallRecord) -> None:
         """Tell everybody, once, what this rank called under this number."""
+        if record.seq == POINT_TO_POINT:
+            return  # which only two ranks know of
         with self._lock:
             if record.seq in self._announced:
                 return
@@ -202,14 +252,22 @@ class Agreement:
             "\n    ".join(lines), group=self._group, seq=mine.seq, calls=calls
         )
 
-    def timeout(
-        self, where: str, seq: int | None, rank: int | None, timeout: float
-    ) -> CollectiveTimeout:
-        """The error of a call that waited for `rank` in vain, with what is known of that rank."""
+    def timeout(self, where: str, seq: int | None, rank: int | None, timeout: float) -> DistError:
+        """The error of a call that waited for `rank` in vain, with what is known of that rank.
+
+        Ranks that give up at the same time raise the same one: the lowest of them words it.
+        """
+        waiting = [] if seq is None else self._waiting(seq)
+        if waiting and waiting[0] < self._transport.rank:
+            self._transport.wait_until(lambda: self.told is not None, time.monotonic() + SETTLE)
+            if self.told is not None:
+                return self.told
         peer = "any rank" if rank is None else f"rank {rank}"
         known = "" if rank is None else f" ({self._whereabouts(rank)})"
+        away = self._away(seq, self._transport.peers if rank is None else [rank])
+        first = f"{where}: no data from {peer} for {timeout:.1f} s{known}."
         return CollectiveTimeout(
-            f"{where}: no data from {peer} for {timeout:.1f} s{known}.",
+            "\n    ".join([first, *self._witness(away)]),
             group=self._group,
             seq=seq,
             rank=rank,
@@ -225,3 +283,8 @@ class Agreement:
         if report is not None:
             return f"it waits in #{seq} {report.signature} at {report.site}"
         return f"it last took part in #{seq}"
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    numbers = ", ".join(map(str, ranks))
+    return f"rank {numbers}" if len(ranks) == 1 else f"ranks {numbers}"

@@ -96,10 +96,9 @@ def _name(number: int) -> str:
 
 def _last_call(peer: Peer) -> str:
     """What the flight record of a rank on this host says that it did last; "" without one."""
-    directory = os.environ.get("DTRAIN_RUN_DIR")
-    if directory is None or peer.host != host_id():
+    if peer.host != host_id():
         return ""
-    record = flight.of_process(directory, peer.pid)
+    record = flight.of_process(peer.pid)
     found = None if record is None else record.last_call()
     if found is None:
         return ""

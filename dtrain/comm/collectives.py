@@ -56,6 +56,8 @@ class Collective(ABC):
     __slots__ = ()
 
     kind: ClassVar[str]
+    # Whether some ranks may come long after the others, in good order.
+    patient: ClassVar[bool] = False
 
     @staticmethod
     @abstractmethod

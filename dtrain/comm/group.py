@@ -23,6 +23,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
+from dtrain import env
 from dtrain.comm.agreement import STALL, Agreement, Disturbed
 from dtrain.comm.blame import explained, words_of
 from dtrain.comm.channel import Channel
@@ -39,7 +40,6 @@ from dtrain.comm.store.base import Store
 from dtrain.comm.store.prefix import PrefixStore
 from dtrain.comm.transports.base import Factory, create
 from dtrain.comm.transports.mailbox import Array
-from dtrain.comm.vigil import Vigil
 from dtrain.comm.work import Work
 from dtrain.errors import (
     CollectiveMismatch,
@@ -95,7 +95,7 @@ class ProcessGroup:
         make = partial(create, transport) if isinstance(transport, str) else transport
         self.transport = make(store, rank, size, self.timeout)
         self._recorder = Recorder.of(name, rank, size)
-        self._agreement = Agreement(name, self.transport, self._recorder)
+        self._agreement = Agreement(name, self.transport, self._recorder, env.stall_warning())
         self._children: Counter[str] = Counter()  # {members: how many groups of them were made}
         # All below changes under `_lock` only.
         self._lock = threading.RLock()
@@ -136,7 +136,9 @@ class ProcessGroup:
         signature, site = call.signature, call_site()
         with self._lock:
             self._check_open(signature)
-            record = CallRecord(self.name, self._next_seq, signature, site, call.nbytes)
+            record = CallRecord(
+                self.name, self._next_seq, signature, site, call.nbytes, call.patient
+            )
             self._next_seq += 1
             at_once = not async_op and self._running is None and not self._queue
             work = Work(record, call.output, done=at_once)
@@ -243,7 +245,7 @@ class ProcessGroup:
             self._recorder.fail(record, now)
             return fail(error)
 
-        vigil = Vigil(self.transport, lambda: None)
+        vigil = partial(self._agreement.vigil, record)
         return Pending(where, call.buf, finish, ended, vigil, started + timeout).work
 
     # ---- failure

@@ -123,10 +123,11 @@ class Pending:
         buf: Array,
         finish: Finish,
         ended: Callable[[BaseException | None], BaseException | None],
-        vigil: Vigil,
+        vigil: Callable[[], Vigil],
         deadline: float,
     ) -> None:
         self._finish, self._ended, self._vigil, self._deadline = finish, ended, vigil, deadline
+        self._watch: Vigil | None = None  # made for the first look around
         self._lock = threading.Lock()
         self._finished = False
         self.work = Work(where, buf, self._drive)
@@ -159,7 +160,8 @@ class Pending:
             except TransportTimeout as late:
                 if look_at >= until:
                     raise
-                look_at = self._vigil.look(None if late.rank is None else [late.rank])
+                self._watch = self._watch or self._vigil()
+                look_at = self._watch.look(None if late.rank is None else [late.rank])
 
 
 def _check_peer(peer: int, tag: int, rank: int, size: int, role: str) -> None:

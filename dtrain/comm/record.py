@@ -47,7 +47,8 @@ def call_site() -> str:
 class CallRecord:
     """One call of this rank: what it was, where it was made, whether it has finished.
 
-    `place`: where it stands in the flight record, once it does.
+    `patient`: others may be away for long, in good order. `place`: where it stands in the flight
+    record, once it does; `begun`: when it started, on the monotonic clock.
     """
 
     group: str
@@ -55,11 +56,14 @@ class CallRecord:
     signature: str
     site: str
     nbytes: int = 0
+    patient: bool = False
     done: bool = False
     place: int | None = None
+    begun: float = 0.0
 
     def __str__(self) -> str:
-        return f"group {self.group!r} #{self.seq} {self.signature}"
+        number = "" if self.seq == POINT_TO_POINT else f"#{self.seq} "
+        return f"group {self.group!r} {number}{self.signature}"
 
     def told(self) -> str:
         """The call as one of the last ones in an error."""
@@ -119,6 +123,7 @@ class Recorder:
     def begin(self, record: CallRecord, now: float) -> None:
         """A call starts."""
         self.ring.append(record)
+        record.begun = now
         if record.place is None:
             self._write(flight.RUNNING, record, now)
         else:
@@ -126,6 +131,7 @@ class Recorder:
 
     def begin_message(self, record: CallRecord, now: float) -> None:
         """A call outside of the sequence starts."""
+        record.begun = now
         self._write(flight.RUNNING, record, now)
 
     def _write(self, state: int, record: CallRecord, now: float) -> None:

@@ -15,9 +15,11 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from dtrain.comm.collectives import Barrier
 from dtrain.comm.record import call_site
-from dtrain.distributed.collectives import barrier
 from dtrain.distributed.groups import get_rank
+from dtrain.distributed.work import seconds
+from dtrain.distributed.world import resolve
 from dtrain.logs import ROOT, level_from_environ
 
 if TYPE_CHECKING:
@@ -63,6 +65,13 @@ def set_debug_level_from_env() -> None:
     ROOT.setLevel(level_from_environ(os.environ))
 
 
+class _Resumed(Barrier):
+    """The end of a breakpoint; the others come long before."""
+
+    __slots__ = ()
+    patient = True
+
+
 _passed: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.count(1))
 
 
@@ -79,7 +88,7 @@ def breakpoint(rank: int = 0, skip: int = 0, timeout_s: float | timedelta | None
         debugger = _debugger()
         debugger.message(f"Type 'up' to get to the frame that called dist.breakpoint({rank=})")
         debugger.set_trace()
-    barrier(timeout=timeout_s)
+    resolve(None).issue(_Resumed(), timeout=seconds(timeout_s))
 
 
 def _debugger() -> pdb.Pdb:

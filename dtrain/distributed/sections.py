@@ -26,6 +26,13 @@ A_WEEK = 7 * 24 * 3600.0
 _ROOM = 1024  # bytes of the sentence with which rank 0 fails
 
 
+class _Told(Broadcast):
+    """What rank 0 tells when its block is done."""
+
+    __slots__ = ()
+    patient = True
+
+
 class _Rank0Block:
     """A block in which the ranks do different things.
 
@@ -65,7 +72,7 @@ class _Rank0Block:
         if self.mine:
             text = reason.encode()[:_ROOM]
             told[: len(text)] = np.frombuffer(text, np.uint8)
-        self.group.issue(Broadcast(told, 0), timeout=self.patience)
+        self.group.issue(_Told(told, 0), timeout=self.patience)
         reason = told.tobytes().rstrip(b"\0").decode(errors="ignore")
         if reason and not self.mine:
             raise DistError(f"rank {self.group.ranks[0]} failed in its {self.place}: {reason}")

@@ -20,6 +20,7 @@ from pathlib import Path
 import zmq
 from zmq.utils.garbage import GarbageCollectorThread
 
+from dtrain import flight
 from dtrain.testing import processes
 
 __all__ = ["LeakError", "check_leaks", "snapshot"]
@@ -56,8 +57,10 @@ def snapshot() -> dict[str, str]:
 @contextmanager
 def check_leaks(grace: float = 2.0) -> Iterator[None]:
     """Raise `LeakError` if the block leaves anything behind; not if the block itself raises."""
-    # What pyzmq opens for zero-copy lives as long as the process: have it opened before counting.
+    # What pyzmq opens for zero-copy, and the flight record, live as long as the process: have them
+    # opened before counting.
     zmq.Frame(bytearray(1), copy=False, copy_threshold=0)
+    flight.here()
     before = snapshot()
     yield
     deadline = time.monotonic() + grace

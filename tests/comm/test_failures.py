@@ -184,10 +184,13 @@ def test_a_timeout_names_the_missing_rank_and_poisons_the_group(transport):
     text, rank, seq = results[0]
     assert results[2] == results[0]
     assert (rank, seq) == (1, 1)
-    assert text == (
+    lines = [line.strip() for line in text.splitlines()]
+    assert lines[0] == (
         "group 'world' #1 all_reduce(float32[4], op=SUM): no data from rank 1 for 0.3 s"
         " (it last took part in #0)."
     )
+    assert lines[1].startswith("rank 1 last completed #0 barrier() at ")
+    assert "done.wait(20)" in lines
 
 
 def _until_failed(group):
