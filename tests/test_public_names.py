@@ -45,6 +45,9 @@ CLASSES = {
     ("dtrain.nn", "dtrain.nn.modules.loss"): "CrossEntropyLoss MSELoss",
     ("dtrain.nn", "dtrain.nn.parameter"): "Parameter",
     ("dtrain.nn.parallel", "dtrain.nn.parallel.distributed"): "DistributedDataParallel",
+    ("dtrain.distributed.optim", "dtrain.distributed.optim.zero_redundancy_optimizer"): (
+        "ZeroRedundancyOptimizer"
+    ),
     ("dtrain.optim", "dtrain.optim.optimizer"): "Optimizer",
     ("dtrain.optim", "dtrain.optim.sgd"): "SGD",
     ("dtrain.optim", "dtrain.optim.adam"): "Adam",
@@ -124,6 +127,10 @@ NAMES = {
     "dtrain.distributed.algorithms.ddp_comm_hooks.powerSGD_hook": (
         "PowerSGDState powerSGD_hook batched_powerSGD_hook"
     ),
+    "dtrain.distributed.algorithms.ddp_comm_hooks.ddp_zero_hook": (
+        "hook_with_zero_step hook_with_zero_step_interleaved"
+    ),
+    "dtrain.distributed.optim": "_apply_optimizer_in_backward _get_in_backward_optimizers",
     "dtrain.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook": (
         "PostLocalSGDState post_localSGD_hook"
     ),

@@ -28,17 +28,19 @@ _open: weakref.WeakKeyDictionary[ProcessGroup, list[_Chain]] = weakref.WeakKeyDi
 
 
 class Payload(NamedTuple):
-    """Bytes that a rank puts into collectives for one bucket: reduced, and gathered from all."""
+    """Bytes that a rank puts into collectives for one bucket, each kind by itself."""
 
     all_reduce: int = 0
     all_gather: int = 0
+    broadcast: int = 0  # where it is the root
 
     def sent(self, ranks: int) -> float:
         """Bytes that leave each of `ranks` ranks: slices of what is reduced go out and come back.
 
         An all-reduce of at most 64 KiB takes one phase, and then sends `ranks - 1` times its bytes.
         """
-        return 2 * (ranks - 1) / ranks * self.all_reduce + (ranks - 1) * self.all_gather
+        copied = self.all_gather + self.broadcast
+        return 2 * (ranks - 1) / ranks * self.all_reduce + (ranks - 1) * copied
 
 
 def sends(payload: Callable[[Any, Any], Payload]) -> Callable[[Any], Any]:
@@ -75,11 +77,15 @@ def begin(group: ProcessGroup, stages: Stages) -> Future[Any]:
     return chain.future
 
 
-def move_on(group: ProcessGroup, timeout: float | None = None) -> None:
-    """One stage more for all that are open in `group`; blocks for what they wait for."""
-    until = None if timeout is None else time.monotonic() + timeout
-    for chain in list(_open.get(group, ())):
-        chain.advance(until)
+def opened(group: ProcessGroup) -> list[_Chain]:
+    """All that are open in `group` now, in the order in which they began."""
+    return list(_open.get(group, ()))
+
+
+def move_on(chains: list[_Chain]) -> None:
+    """One stage more for each; blocks for what they wait for."""
+    for chain in chains:
+        chain.advance(None)
 
 
 class _Chain:
@@ -89,12 +95,15 @@ class _Chain:
         self.stages = stages
         self.line = line  # all that are open in the group, this one among them
         self.awaited: Any = None
+        self.busy = True  # in a stage, or waiting: what it waits for may be another chain
         self.future: Future[Any] = Future(self.drive)
 
     def drive(self, timeout: float | None) -> None:
         """Complete this one, and move the others on as far. Nothing with timeout 0: `done()`."""
         if timeout == 0:
             return
+        if self.busy:
+            raise RuntimeError("a communication hook waits for its own result: yield what it needs")
         until = None if timeout is None else time.monotonic() + timeout
         while self in self.line:
             for chain in list(self.line):
@@ -102,10 +111,14 @@ class _Chain:
 
     def advance(self, until: float | None) -> None:
         """Wait, then one stage; TimeoutError, with nothing changed, when `until` has passed."""
+        if self.busy or self not in self.line:
+            return
+        self.busy = True
         try:
             value = self.awaited.wait(_left(until))
         except TimeoutError as error:
             if until is not None and time.monotonic() >= until:
+                self.busy = False
                 raise
             self.fail(error)
         except BaseException as error:
@@ -116,6 +129,7 @@ class _Chain:
     def go_on(self, value: Any) -> None:
         try:
             self.awaited = self.stages.send(value)
+            self.busy = False
         except StopIteration as end:
             self.line.remove(self)
             self.future.set_result(end.value)
