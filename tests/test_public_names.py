@@ -112,7 +112,7 @@ NAMES = {
         DebugLevel get_debug_level set_debug_level set_debug_level_from_env breakpoint
         rank0_first rank0_section PreHookArgs PostHookArgs
         shrink_group SHRINK_DEFAULT SHRINK_ABORT FakeStore allow_pickle default_pg_timeout
-        distributed_c10d
+        distributed_c10d _functional_collectives
         DistError DistBackendError DistNetworkError DistStoreError QueueEmptyError""",
     "dtrain.futures": "Future collect_all wait_all",
     "dtrain.distributed.algorithms.ddp_comm_hooks": """

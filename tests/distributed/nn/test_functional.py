@@ -11,6 +11,7 @@ import pytest
 
 import dtrain as torch
 import dtrain.distributed as dist
+from dtrain.distributed import _functional_collectives as fc
 from dtrain.distributed.nn import functional as F
 from dtrain.testing.distributed import run_distributed
 
@@ -49,6 +50,11 @@ CALLS = {
     "all_to_all": lambda x: torch.cat(F.all_to_all([empty(2, 2) for _ in range(N)], chunks(x))),
     "all_to_all_single": lambda x: F.all_to_all_single(empty(6, 2), x),
     "all_to_all_single, uneven": uneven,
+    "all_gather_single_autograd": lambda x: fc.all_gather_single_autograd(x, 1, None),
+    "reduce_scatter_single_autograd": lambda x: fc.reduce_scatter_single_autograd(
+        x.t(), "avg", 1, None
+    ),
+    "all_to_all_single_autograd": lambda x: fc.all_to_all_single_autograd(x, None, None, None),
     "transposed": lambda x: F.all_reduce(x.t()),
     **{f"reduce {op}": lambda x, op=op: F.reduce(x, 1, op) for op in OPS},
     **{f"all_reduce {op}": lambda x, op=op: F.all_reduce(x, op) for op in OPS},
