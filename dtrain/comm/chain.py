@@ -3,10 +3,13 @@
 Owns: `reduce_rows`, the large all_reduce and reduce_scatter of `island_algorithms`. The columns of
 what is to be added are divided among as many lanes as every host has ranks to carry them; rank i of
 each host carries lane i. A lane goes in rounds, each of as many columns as fit into the memory that
-the ranks of a host share. In a round the ranks of a host show their contributions; the carrier adds
-them, in rank order, to the partial sum of the host before, and sends that on; the last host has the
-sum, and it flows back: each host keeps the rows that it wants and sends on those that are wanted
-further back.
+the ranks of a host share. In a round the ranks of a host show their contributions (arrays that all
+live in that memory are read where they are); the carrier adds them, in rank order, to the partial
+sum of the host before, and sends that on; the last host has the sum, and it flows back: each host
+keeps the rows that it wants and sends on those that are wanted further back.
+
+A rank takes the result of a round into its array when all of its host have added that round: nobody
+reads there any more, also where input and result are the same memory.
 
 [Note: rounds in flight] Host h does round t of the way up and round t - delay(h) of the way back
 at the same time, so that both directions of a link are busy. The delay grows by `_AHEAD` from each
@@ -29,7 +32,7 @@ from dtrain.comm.channel import Channel
 from dtrain.comm.parts import slices
 from dtrain.comm.reduce import ReduceOp, finish, fold, widened
 from dtrain.comm.transports.mailbox import Array, Receive
-from dtrain.comm.transports.window import HALF
+from dtrain.comm.transports.window import HALF, NOWHERE
 
 __all__ = ["reduce_rows"]
 
@@ -81,32 +84,50 @@ class _Host:
         self, channel: Channel, plan: _Plan, rows: Array, out: Array, op: ReduceOp, row: int
     ) -> None:
         assert channel.island is not None
-        self._channel, self._plan, self._island = channel, plan, channel.island
+        self._channel, self._plan = channel, plan
+        self._island, self._window = channel.island, channel.island.window
         self._rows, self._out = rows, out
         self._here = self._island.here
         self._row = row - plan.wanted[self._here].start  # of the result, among those kept here
-        place = self._island.window.rank
+        self._arrays = self._meet()
+        place = self._window.rank
         carries = place < len(plan.lanes)
         self._carrier = _Carrier(channel, plan, op, place, rows.dtype) if carries else None
 
+    def _meet(self) -> list[Array] | None:
+        """The arrays of this host's ranks, when all of them live in its memory."""
+        self._channel.meet(self._window.place_of(self._rows))
+        places = self._window.places()
+        if NOWHERE in places:
+            return None
+        arrays = [self._window.at(r, place, self._rows) for r, place in enumerate(places)]
+        return [array.reshape(self._rows.shape) for array in arrays]
+
     def run(self) -> None:
-        plan, window = self._plan, self._island.window
+        plan, channel = self._plan, self._channel
         after = len(plan.wanted) - 1 - self._here
         delay = min(_AHEAD * after, plan.rounds - 1)
+        halves: list[Array] = []
         for t in range(plan.rounds + delay + 1):
             back = t - delay
-            halves = [half.view(self._rows.dtype) for half in window.next_half()]
-            self._show(halves[window.rank], t, back - 1)
-            self._channel.step()
-            if back > 0:
-                self._take(halves, back - 1)
+            if self._arrays is None or back > 0:
+                halves = [half.view(self._rows.dtype) for half in self._window.next_half()]
+                self._show(halves[self._window.rank], t, back - 1)
+                channel.phase()
+                if back > 0:
+                    self._take(halves, back - 1)
             if self._carrier is not None:
                 if t < plan.rounds:
-                    lane = self._carrier.lane
-                    self._carrier.up(t, [self._block(half, lane, t) for half in halves])
+                    self._carrier.up(t, self._contributions(halves, self._carrier.lane, t))
                 if 0 <= back < plan.rounds:
                     self._carrier.back(back)
-        self._channel.all_have_come()
+        channel.all_have_come()
+
+    def _contributions(self, halves: list[Array], lane: int, t: int) -> list[Array]:
+        """What all ranks of this host contribute to round t of `lane`."""
+        if self._arrays is not None:
+            return [array[:, self._plan.columns(lane, t)] for array in self._arrays]
+        return [self._block(half, lane, t) for half in halves]
 
     def _block(self, half: Array, lane: int, t: int) -> Array:
         """Where a rank shows its contribution to round t of `lane`."""
@@ -122,7 +143,7 @@ class _Host:
 
     def _show(self, half: Array, t: int, back: int) -> None:
         """Show what this rank contributes to round t, and the result of round `back`."""
-        if t < self._plan.rounds:
+        if self._arrays is None and t < self._plan.rounds:
             for lane in range(len(self._plan.lanes)):
                 block = self._block(half, lane, t)
                 np.copyto(block, self._rows[:, self._plan.columns(lane, t)])

@@ -9,19 +9,24 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import os
+import signal
+import threading
+import time
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from dtrain.comm import collectives as c, island_algorithms
+from dtrain.comm import chain, collectives as c, island_algorithms
 from dtrain.comm.parts import slices
 from dtrain.comm.reduce import AVG, MAX, PREMUL_SUM, SUM
 from dtrain.comm.topology import Placement
 from dtrain.comm.transports import futex, shm, window as windows
+from dtrain.errors import PeerLost
 from dtrain.testing.conformance import COLLECTIVES, check_group
-from dtrain.testing.world import run_world
-from tests.comm.hosts import islands, placed
+from dtrain.testing.world import run_ranks, run_world
+from tests.comm.hosts import islands, pairs, placed
 
 pytestmark = pytest.mark.skipif(not futex.AVAILABLE, reason="windows need x86-64 Linux")
 
@@ -58,12 +63,12 @@ OVER_HOSTS = [kind for kind in COLLECTIVES if hasattr(island_algorithms, kind)]
 @pytest.mark.parametrize("kind", OVER_HOSTS)
 @pytest.mark.parametrize("sizes", WORLDS, ids=str)
 def test_conformance_over_islands(kind, sizes):
-    check_group(islands(*sizes), [sum(sizes)], [kind], (0, 7, 20_003) if len(sizes) < 3 else (7,))
+    check_group(islands(*sizes), [sum(sizes)], [kind], (0, 7, 20_003) if sizes == (2, 2) else (7,))
 
 
 @pytest.mark.parametrize("kind", sorted(set(COLLECTIVES) - set(OVER_HOSTS)))
 def test_conformance_of_what_goes_by_messages(kind):
-    check_group(islands(2, 1), [3], [kind], (7, 20_003))
+    check_group(islands(2, 1), [3], [kind], (7,))
 
 
 @pytest.mark.parametrize("hosts", ["abab", "aba", "abc"])
@@ -113,11 +118,17 @@ def test_one_rank_without_memory_is_enough_for_all_hosts(monkeypatch):
 
 
 def _sums(group, dtype, counts):
-    """The bytes of all-reduces and reduce-scatters whose order of addition shows."""
+    """The bytes of all-reduces and reduce-scatters whose order of addition shows.
+
+    For some operators the arrays live in the memory of all hosts, or of some.
+    """
     found = []
-    for count, op in itertools.product(counts, (SUM, AVG, PREMUL_SUM(1.7), MAX)):
+    ops = ((SUM, 4), (AVG, 0), (PREMUL_SUM(1.7), 2), (MAX, 0))
+    for count, (op, there) in itertools.product(counts, ops):
         rng = np.random.default_rng([group.rank, count])
-        whole = rng.normal(size=group.size * count).astype(dtype)
+        make = group.empty if group.rank < there else np.empty
+        whole = make(group.size * count, dtype)
+        whole[:] = rng.normal(size=whole.size)
         part = np.empty(count, dtype)
         group.submit(c.ReduceScatter(whole, part, op))
         group.submit(c.AllReduce(whole, op))
@@ -126,10 +137,11 @@ def _sums(group, dtype, counts):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("sizes", [(2, 2), (1, 1, 2)], ids=str)
-def test_same_bits_as_messages_in_one_round_and_in_many(sizes, dtype):
-    """Counts around where one more round begins, and far above."""
-    counts = (5_000, windows.HALF // 4, 200_001)
+@pytest.mark.parametrize("sizes", [(2, 2), (1, 1, 2), (3, 1)], ids=str)
+def test_same_bits_as_messages_in_one_round_and_in_many(sizes, dtype, monkeypatch):
+    """With room for 16 KiB the longer ones take 8 to 60 rounds, the last of which are uneven."""
+    monkeypatch.setattr(chain, "HALF", 16 * 1024)
+    counts = (5_000, 20_011)
     assert run_world(4, _sums, dtype, counts, transport=islands(*sizes)) == run_world(
         4, _sums, dtype, counts
     )
@@ -184,7 +196,7 @@ def _chained(hosts, count, itemsize, wide, rows_up, rows_back):
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("sizes", WORLDS, ids=str)
 def test_large_sums_send_the_closed_forms_of_the_chain(sizes, dtype):
-    size, count, itemsize = sum(sizes), 300_003, np.dtype(dtype).itemsize
+    size, count, itemsize = sum(sizes), 100_003, np.dtype(dtype).itemsize
 
     def calls(group):
         whole = np.zeros(size * count, dtype)
@@ -231,3 +243,34 @@ def test_what_all_get_crosses_to_each_host_once(sizes):
         passed = (cuts, 4_000_000) if relays and not last else (0, 0)
         assert sent[5] == (passed[0] + (relays and rank != root), passed[1])
         assert sent[6] == (math.ceil(math.log2(len(sizes))) if first else 0, 0)
+
+
+# ---- a rank dies
+
+
+def _killed_in_mid_sum(group, victim):
+    """The victim kills itself while all add; what each survivor says, and after how long."""
+    wide = group.split(range(group.size), transport=pairs)
+    assert wide.transport.island is not None
+    buf = np.zeros(4 << 20, np.float32)
+    wide.submit(c.AllReduce(buf))
+    if group.rank == victim:
+        threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    try:
+        while True:
+            started = time.monotonic()
+            wide.submit(c.AllReduce(buf))
+    except PeerLost as loss:
+        return [loss.rank, loss.orderly, time.monotonic() - started]
+    finally:
+        wide.close()
+
+
+@pytest.mark.parametrize("victim", [0, 3])
+def test_a_rank_killed_in_mid_sum_is_named_on_every_host(victim):
+    outcomes = run_ranks(4, _killed_in_mid_sum, victim, transport="zmq", processes=True)
+    assert outcomes[victim].status == -signal.SIGKILL
+    for survivor in [o for o in outcomes if o.rank != victim]:
+        assert survivor.error is None, survivor.error
+        assert survivor.value[:2] == [victim, False]
+        assert survivor.value[2] < 2.0  # with what the sum took until then
