@@ -33,9 +33,9 @@ __all__ = ["CALLS", "FAULTS", "MOMENTS", "Fault", "suffer"]
 
 MOMENTS = ("before", "amid")
 
-# Seconds: within which a death must be told, and the heartbeats of trials in which a rank stops.
+# Seconds within which a death must be told, and the heartbeats of trials in which a rank stops.
 SOON = 1.0
-_BEAT, SILENCE = 0.1, 0.4
+_QUICK = sockets.Heartbeat(every_ms=100, dead_ms=500)
 
 # What ranks of a trial wait for each other when they meet, and at most in a call.
 MEETING, _CALL = 1.0, 8.0
@@ -83,7 +83,7 @@ def _close_sockets(group: ProcessGroup | None, store: Store) -> None:
 
 FAULTS = {
     "SIGKILL": Fault(partial(_kill_with, signal.SIGKILL), status=-signal.SIGKILL),
-    "SIGSTOP": Fault(partial(_kill_with, signal.SIGSTOP), within=SILENCE + SOON),
+    "SIGSTOP": Fault(partial(_kill_with, signal.SIGSTOP), within=_QUICK.dead_ms / 1000 + SOON),
     "exception": Fault(partial(_raise, Struck("no such column")), errors=("GroupAborted",)),
     "socket close": Fault(_close_sockets),
     "sys.exit": Fault(partial(_raise, SystemExit(3)), errors=("GroupAborted",)),
@@ -157,7 +157,7 @@ def suffer(
     """
     store.set(f"up{rank}", b"")  # opens what a client of the store opens
     if fault == "SIGSTOP":
-        sockets.HEARTBEAT = sockets.Heartbeat(round(_BEAT * 1000), round(SILENCE * 1000))
+        sockets.HEARTBEAT = _QUICK
 
     def strike(group: ProcessGroup | None = None) -> None:
         store.set("struck", str(time.monotonic_ns()).encode())
@@ -190,12 +190,12 @@ def _take_part(
         if meeting and strike is not None:
             _strike_while_meeting(store, moment, strike)
         patience = MEETING if meeting else _CALL
-        with ProcessGroup(store, rank, size, transport=transport, timeout=patience) as group:
+        group = ProcessGroup(store, rank, size, transport=transport, timeout=patience)
+        with group, joined(group):
             try:
-                with joined(group):
-                    _work(group, CALLS[call], moment, None if meeting else strike)
+                _work(group, CALLS[call], moment, None if meeting else strike)
             except BaseException:
-                when = time.monotonic_ns()
+                when = time.monotonic_ns()  # before the group is closed, which may take 1 s more
                 raise
     except (DistError, Struck, Gone, SystemExit) as error:
         return error, when or time.monotonic_ns()

@@ -120,8 +120,7 @@ def _wrong_with_errors(trial: Trial, ends: Sequence[Outcome]) -> Iterable[str]:
             yield f"rank {end.rank} blames {blamed}: {text}"
         if seconds > limit:
             yield f"rank {end.rank} raised after {seconds:.2f} s, expected {limit} s"
-    # The place ("group 'x' #3 barrier(): ") is each survivor's own.
-    if len({end.value[2].partition(": ")[2] for end in ends}) > 1:
+    if len({end.value[2] for end in ends}) > 1:
         yield "the survivors say different things: " + " | ".join(end.value[2] for end in ends)
 
 
