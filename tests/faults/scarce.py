@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import threading
 import warnings
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from dtrain.comm import collectives as c
 from dtrain.comm.group import ProcessGroup
 from dtrain.comm.point_to_point import Recv, Send
+from dtrain.comm.security import sockets
 from dtrain.errors import ForkedProcessError
 
 
@@ -110,3 +112,28 @@ def _child_by_multiprocessing(group):
 
 def rank_of(group):
     return [group.rank, add(group, 1)]
+
+
+def late(store, rank, size, transport, seconds):
+    """The last rank computes for longer than a heartbeat may fail, while others send it 256 MiB."""
+    sockets.HEARTBEAT = sockets.Heartbeat(every_ms=100, dead_ms=500)
+    with ProcessGroup(store, rank, size, transport=transport, timeout=40) as group:
+        exact = add(group, 1)
+        if rank == size - 1:
+            store.wait(["all have sent"])
+            threading.Event().wait(seconds)
+        else:
+            works = [
+                group.submit(Send(np.full(4 << 20, number), size - 1), async_op=True)
+                for number in range(8)
+            ]
+            store.set("all have sent", b"")
+        if rank == size - 1:
+            got = np.empty(4 << 20, int)
+            for number in range(8):
+                group.submit(Recv(got, 0))
+                exact = exact and bool((got == number).all())
+        else:
+            for work in works:
+                work.wait()
+        return exact and add(group, 2)

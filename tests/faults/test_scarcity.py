@@ -59,6 +59,12 @@ def test_a_flood_at_a_slow_reader_is_kept_in_order_and_in_bounds():
     assert reader < 16 << 20
 
 
+@pytest.mark.parametrize("transport", ["zmq", "tcp"])
+def test_a_rank_that_is_busy_is_not_taken_for_dead(transport):
+    """What waits for it fills its queue, behind which its signs of life would wait too."""
+    assert results(2, scarce.late, transport, 2.0) == [True, True]
+
+
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @both
 def test_children_are_refused_and_their_parent_goes_on(transport):

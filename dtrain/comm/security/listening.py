@@ -22,7 +22,7 @@ from pathlib import Path
 import zmq
 
 from dtrain.comm.security.addresses import bindable
-from dtrain.comm.security.sockets import BACKLOG, PROTECTION
+from dtrain.comm.security.sockets import BACKLOG, PROTECTION, ask_for_signs_of_life
 from dtrain.errors import DistNetworkError
 
 __all__ = [
@@ -82,6 +82,7 @@ def listen(
         where = bindable(where, plain=plain)
         if not plain:
             _check_protection(socket, where)
+    ask_for_signs_of_life(socket, where)
     if listen_fd is not None:
         socket.setsockopt(zmq.USE_FD, os.dup(listen_fd))  # libzmq closes its own
     try:

@@ -25,6 +25,7 @@ __all__ = [
     "PROTECTION",
     "REFUSED",
     "Heartbeat",
+    "ask_for_signs_of_life",
     "connect",
     "context",
     "open_socket",
@@ -99,8 +100,8 @@ def open_socket(
     """A socket with the project's options.
 
     The queue of what is sent has no limit (it holds references to arrays, and a limit would block
-    or drop); the queue of what was received holds `receive_limit` frames per peer, the rest stays
-    with the sender.
+    or drop); the queue of what was received holds `receive_limit` frames per peer (0: all), the
+    rest stays with the sender.
     """
     socket = ctx.socket(kind)
     options = {
@@ -108,7 +109,6 @@ def open_socket(
         zmq.MAXMSGSIZE: max_frame,
         zmq.HANDSHAKE_IVL: HANDSHAKE_MS,
         zmq.CONNECT_TIMEOUT: HANDSHAKE_MS,
-        zmq.HEARTBEAT_IVL: HEARTBEAT.every_ms,
         zmq.HEARTBEAT_TIMEOUT: HEARTBEAT.dead_ms,
         zmq.HEARTBEAT_TTL: HEARTBEAT.dead_ms,
         zmq.BACKLOG: BACKLOG,
@@ -130,6 +130,16 @@ def protect(socket: zmq.Socket[bytes], keys: Keys) -> None:
         socket.setsockopt(option, value)
 
 
+def ask_for_signs_of_life(socket: zmq.Socket[bytes], address: str) -> None:
+    """Heartbeats on what is bound or connected next, unless it is a unix socket.
+
+    There the kernel tells of a death; and a reader that is busy while its queue is full would be
+    taken for dead, since its heartbeats are behind what it has not read.
+    """
+    every = 0 if address.startswith("ipc:") else HEARTBEAT.every_ms
+    socket.setsockopt(zmq.HEARTBEAT_IVL, every)
+
+
 def connect(
     socket: zmq.Socket[bytes], address: str, keys: Keys | None = None, server: bytes = b""
 ) -> None:
@@ -141,6 +151,7 @@ def connect(
         socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
         socket.setsockopt(zmq.CURVE_SERVERKEY, server)
     socket.setsockopt(zmq.IPV6, int(address.startswith("tcp://[")))
+    ask_for_signs_of_life(socket, address)
     socket.connect(address)
 
 

@@ -68,7 +68,9 @@ class Network:
     ) -> None:
         self.rank = rank
         self.refused = 0
-        self.inbox = security.open_socket(context, zmq.DEALER)
+        # No limit: a queue that is full stops the heartbeats, and a rank that is busy for longer
+        # than they may fail would be taken for dead.
+        self.inbox = security.open_socket(context, zmq.DEALER, receive_limit=0)
         self._keys = None if env.data_plane() == "plaintext" else security.fresh_keys()
         self._gate = None if self._keys is None else security.Gate(context, self._keys)
         if self._gate is not None:
