@@ -126,10 +126,9 @@ class _Writer:
         self._closed: list[Section] = []
         self._numbers: dict[tuple[str, int], int] = {}
         self._file = stacks.own_file("flight")
-        os.ftruncate(self._file, _LENGTH)
-        self._memory = mmap.mmap(self._file, _LENGTH)
-        if not self._reserve(0, _PAGE):
-            self._memory = mmap.mmap(-1, _LENGTH)
+        roomy = self._lengthen()
+        self._memory = mmap.mmap(self._file if roomy else -1, _LENGTH)
+        if not roomy:
             self._unused = []
         pid, main = os.getpid(), threading.main_thread().ident or 0
         fields = (
@@ -153,6 +152,14 @@ class _Writer:
         if self._closed:
             return self._closed.pop(0)
         return Section(mmap.mmap(-1, _SECTION), 0)  # which nobody else sees
+
+    def _lengthen(self) -> bool:
+        """Whether the file may be as long as it can become, and has room for its head."""
+        try:
+            os.ftruncate(self._file, _LENGTH)
+        except OSError:  # RLIMIT_FSIZE, or a file system that is full
+            return False
+        return self._reserve(0, _PAGE)
 
     def _reserve(self, at: int, nbytes: int) -> bool:
         """Whether there is room for that much more."""
