@@ -112,6 +112,8 @@ def check_op(op: ReduceOp, dtype: np.dtype[Any], where: str) -> None:
 
     `where` is the collective's name.
     """
+    if not isinstance(op, ReduceOp):
+        raise TypeError(f"{where}: op must be a ReduceOp, such as ReduceOp.SUM, got {op!r}")
     integral = dtype.kind in "biu"
     if dtype.kind == "c" and op.name in _NOT_COMPLEX:
         raise ValueError(f"{where} does not support ReduceOp.{op} on complex tensors")

@@ -32,12 +32,16 @@ def check_tensor(tensor: Any, name: str) -> Tensor:
             f"             but got {type(tensor)} instead."
         )
     if is_grad_enabled() and tensor.grad_fn is not None:
-        warnings.warn(
-            f"`{name}` is part of a graph, and gradients do not flow through this collective: "
-            "detach() it, or use dtrain.distributed.nn.functional",
-            stacklevel=3,
-        )
+        _warn(f"`{name}` is part of a graph")
     return tensor
+
+
+def _warn(what: str) -> None:
+    warnings.warn(
+        f"{what}, and gradients do not flow through this collective: detach() it, or use "
+        "dtrain.distributed.nn.functional",
+        stacklevel=4,
+    )
 
 
 def check_list(tensors: Any, name: str) -> list[Tensor]:
@@ -48,6 +52,8 @@ def check_list(tensors: Any, name: str) -> list[Tensor]:
             f"Invalid function argument. Expected parameter `{name}` of type List[torch.Tensor]\n"
             f"             but got {kinds} instead."
         )
+    if is_grad_enabled() and any(t.grad_fn is not None for t in tensors):
+        _warn(f"a tensor of `{name}` is part of a graph")
     return list(tensors)
 
 
@@ -75,6 +81,8 @@ class Landing:
 
     def read(self, tensor: Tensor) -> np.ndarray:
         """The values of `tensor` as a contiguous array, not to be written."""
+        if tensor.requires_grad and tensor.grad_fn is None and is_grad_enabled():
+            _warn("the input requires grad")  # a result elsewhere will not lead back to this leaf
         self.inputs.append(tensor)
         return np.ascontiguousarray(tensor._data).reshape(tensor._data.shape)
 

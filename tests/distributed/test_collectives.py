@@ -154,6 +154,16 @@ def test_wrong_arguments_harm_nobody():
     run_distributed(N, check_arguments)
 
 
+def check_operators():
+    for op in ("sum", None, dist.ReduceOp.PREMUL_SUM):
+        with pytest.raises(TypeError, match="all_reduce: op must be a ReduceOp, such as"):
+            dist.all_reduce(torch.ones(1), op)
+
+
+def test_what_is_no_operator_is_refused():
+    run_distributed(1, check_operators)
+
+
 def check_graph_warning():
     x = torch.ones(2, requires_grad=True)
     with pytest.warns(UserWarning, match="gradients do not flow through"):
@@ -164,6 +174,30 @@ def check_graph_warning():
 
 def test_a_tensor_in_a_graph_is_warned_about():
     run_distributed(2, check_graph_warning)
+
+
+def check_dropped_gradients():
+    """Inputs whose results elsewhere would not lead back to them; not what is written in place."""
+    x, out = torch.ones(2, requires_grad=True), torch.zeros(2)
+    for call in (
+        lambda: dist.all_gather([out], x),
+        lambda: dist.all_gather_into_tensor(out, x),
+        lambda: dist.reduce_scatter_tensor(out, x),
+        lambda: dist.reduce_scatter(out, [x * 2]),
+        lambda: dist.all_to_all([out], [x * 2]),
+        lambda: dist.scatter(out, [x * 2]),
+        lambda: dist.gather(x, [out]),
+    ):
+        with pytest.warns(UserWarning, match="gradients do not flow through") as caught:
+            call()
+        assert [w.filename for w in caught] == [__file__]
+    dist.broadcast(x, 0)
+    with torch.no_grad():
+        dist.all_gather([out], x)
+
+
+def test_a_gradient_that_would_be_dropped_is_warned_about():
+    run_distributed(1, check_dropped_gradients)
 
 
 @pytest.mark.parametrize("transport", ["local", "shm", "zmq"])
