@@ -132,6 +132,8 @@ class Pass:
         if self.create_graph and op.composite is not None:
             grads = differentiate_composite(node, grad)
         else:
+            if op.lands and not self.create_graph:
+                node.homes = [self.home_of(edge) for edge in node.edges]
             grads = op.backward(node, grad, self.create_graph)
         if not self.retain_graph:
             release(node)
@@ -144,6 +146,17 @@ class Pass:
                     pending[edge] = g if before is None else before + g
             elif edge is not None:
                 self.deliver(edge, g, fresh and g is not grad)
+
+    def home_of(self, edge: Any) -> Any:
+        """Where a rule may put the gradient of an input by itself: the array of a leaf's home.
+
+        None for a leaf that has none, or whose gradient is more than this one contribution.
+        """
+        if edge.__class__ is Node or edge is None or edge._home is None or edge._grad is not None:
+            return None
+        only = self.uses[edge] == 1 and edge not in self.grads and not edge._hooks
+        arrives = self.into_grad and (self.wanted is None or edge in self.wanted)
+        return edge._home._data if only and arrives else None
 
     def place_in_list(self, node: Node, grad: Any) -> None:
         whole = node.edges[0]
@@ -201,7 +214,9 @@ def accumulate(leaf: Any, grad: Any, owned: bool) -> None:
         raise RuntimeError(
             f"the gradient of a leaf has shape {list(grad.shape)}, the leaf {list(data.shape)}"
         )
-    if present is None:
+    if present is None and leaf._home is not None:
+        settle(leaf, grad)
+    elif present is None:
         keep = owned and grad.base is None and grad.flags.writeable
         leaf._grad = make(grad if keep else grad.copy())
     elif present._requires_grad:
@@ -210,6 +225,16 @@ def accumulate(leaf: Any, grad: Any, owned: bool) -> None:
         np.add(present._data, grad, out=present._data)
         if present._version is not None:
             present._version.count += 1
+
+
+def settle(leaf: Any, grad: np.ndarray) -> None:
+    """Make the leaf's home its gradient; a rule may have put it there already."""
+    home = leaf._home
+    if grad is not home._data:
+        np.copyto(home._data, grad)
+    if home._version is not None:
+        home._version.count += 1
+    leaf._grad = home
 
 
 def run_hooks(hooks: dict[int, Callable[..., Any]], grad: Any) -> Any:

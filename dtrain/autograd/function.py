@@ -62,6 +62,7 @@ class FunctionOp:
     """The op of a user's function: same interface as `dtrain.autograd.op.Op`."""
 
     fresh = False  # a user's backward may return anything, a saved tensor too
+    lands = False
     composite = None
     keep: tuple[int, ...] = ()
 

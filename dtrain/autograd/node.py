@@ -55,6 +55,8 @@ class Node:
     aux       arrays that forward left for the rule.
     shapes    of the inputs (not recorded for ops with one input and no attributes).
     hooks     {id: hook(grad)} of the tensor it made.
+    homes     while a rule that `lands` runs: for each input the array that its gradient may be
+              written into, or None.
 
     The op's attributes, and while its rule runs the saved values, are plain attributes under the
     names that the definition gives.
@@ -65,6 +67,7 @@ class Node:
         "__weakref__",
         "aux",
         "edges",
+        "homes",
         "hooks",
         "op",
         "out",
@@ -88,6 +91,12 @@ class Node:
         self.shapes: tuple[tuple[int, ...], ...] = ()
         self.seq = next_seq()
         self.hooks: dict[int, Callable[..., Any]] | None = None
+
+    def home(self, i: int) -> np.ndarray | None:
+        """Where the running rule may put the gradient of input `i` itself (it must then fill it all
+        and return that very array); None: nowhere, it returns a new one.
+        """
+        return getattr(self, "homes", {i: None})[i]  # type: ignore[no-any-return]
 
     @property
     def needs(self) -> tuple[bool, ...]:

@@ -36,6 +36,7 @@ class Op:
     """What `define` was told; `backward` runs the gradient rule of one node."""
 
     fresh = True  # rules return new arrays, views or `g` itself: see `define`
+    lands = False  # the rule asks `n.home(i)` where a gradient may go
 
     def __init__(
         self, name: str, forward: Callable[..., Any], vjp: Callable[..., Any] | None,
@@ -139,6 +140,7 @@ def define(
     view: bool = False,
     broadcasts: bool = False,
     outputs: int = 1,
+    lands: bool = False,
     sample: Callable[[], list[Any]] | None = None,
 ) -> Callable[..., Any]:
     """State an op; returns the function that applies it to arrays or Tensors.
@@ -164,6 +166,8 @@ def define(
     broadcasts gradients may have the broadcast shape: the engine sums them down. Always true of
                ops with two array inputs and no attributes.
     outputs    how many results are differentiable (-1: all of a variable number).
+    lands      the rule puts gradients where `n.home(i)` says, when that is somewhere: large ones,
+               of weights, are then written once, into the bucket in which they travel.
     sample     () -> [(arrays, attributes), ...]: inputs that the registry's tests use.
     """
     assert name not in OPS, f"op {name!r} is defined twice"
@@ -179,6 +183,7 @@ def define(
         name, forward, vjp, names, kept, tuple(aux.split()), composite,
         broadcasts or pointwise, sample,
     )  # fmt: skip
+    op.lands = lands
     OPS[name] = op
     if pointwise:
         call = binary(op, promote)

@@ -58,6 +58,7 @@ class Value:
     _made_quietly = False  # a view made while nothing was recorded
     _hooks: Any = None  # {id: hook(grad)} of a leaf; others' hooks live on their node
     _post_accumulate: Any = None  # {id: hook(tensor)} when a leaf's gradient is complete
+    _home: Any = None  # a Tensor of a leaf's shape and dtype: where a first gradient is to live
 
     def _share(self, source: Value) -> None:
         """Become a view of `source` if the memory is its own: same base, same version."""

@@ -64,6 +64,9 @@ from dtrain.distributed.debugging import (
     set_debug_level as set_debug_level,
     set_debug_level_from_env as set_debug_level_from_env,
 )
+from dtrain.distributed.grad_bucket import (
+    GradBucket as GradBucket,
+)
 from dtrain.distributed.groups import (
     destroy_process_group as destroy_process_group,
     get_backend as get_backend,
@@ -144,7 +147,15 @@ from dtrain.errors import (
     QueueEmptyError as QueueEmptyError,
 )
 
-_LAZY = ("algorithms", "elastic", "nn", "optim", "device_mesh", "distributed_c10d")
+_LAZY = (
+    "_functional_collectives",
+    "algorithms",
+    "device_mesh",
+    "distributed_c10d",
+    "elastic",
+    "nn",
+    "optim",
+)
 _LAZY_NAMES = ("DeviceMesh", "init_device_mesh")
 
 

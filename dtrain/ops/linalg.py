@@ -33,13 +33,20 @@ def _c_name(dtype: np.dtype[Any]) -> str:
     return {dtypes.int64: "long", dtypes.int32: "int"}.get(known, known.scalar_type.lower())
 
 
+def _product(a: np.ndarray, b: np.ndarray) -> Any:
+    """np.matmul; numbers of 16 bits are multiplied and added in 32, and rounded once."""
+    if a.dtype.itemsize == 2 and a.dtype.kind not in "iu":
+        return np.matmul(a.astype(np.float32), b.astype(np.float32)).astype(a.dtype)
+    return np.matmul(a, b)
+
+
 def _matmul_forward(a: np.ndarray, b: np.ndarray) -> Any:
     _check_dtypes(a, b)
     try:
         if a.ndim > 2 and b.ndim == 2 and a.size:  # NumPy would multiply batch by batch
-            flat = np.matmul(a.reshape(-1, a.shape[-1]), b)
+            flat = _product(a.reshape(-1, a.shape[-1]), b)
             return flat.reshape(*a.shape[:-1], b.shape[1])
-        return np.matmul(a, b)
+        return _product(a, b)
     except ValueError:
         raise _matmul_error(a.shape, b.shape) from None
 
@@ -158,7 +165,7 @@ def _linear_forward(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) 
         raise _matmul_error(x.shape, weight.shape[::-1])
     _check_dtypes(x, weight)
     flat = x.reshape(-1, x.shape[-1])
-    out = np.matmul(flat, weight.T)
+    out = _product(flat, weight.T)
     if bias is not None:
         out += bias
     return out.reshape(*x.shape[:-1], weight.shape[0])
@@ -170,7 +177,11 @@ def _linear_vjp(n: Any, g: Any) -> Any:
     if n.needs[0]:
         dx = reshape(matmul(rows, n.weight), n.shapes[0])
     if n.needs[1]:
-        dw = matmul(transpose(rows, 0, 1), reshape(n.x, (-1, n.shapes[1][1])))
+        flat, home = reshape(n.x, (-1, n.shapes[1][1])), n.home(1)
+        if home is None or home.itemsize == 2:
+            dw = matmul(transpose(rows, 0, 1), flat)
+        else:
+            dw = np.matmul(rows.T, flat, out=home)
     if n.needs[2]:
         db = rows.sum(0)
     return dx, dw, db
@@ -178,6 +189,7 @@ def _linear_vjp(n: Any, g: Any) -> Any:
 
 _linear = define(
     "linear", _linear_forward, inputs="x weight bias", saves="x weight", vjp=_linear_vjp,
+    lands=True,
     sample=lambda: [((_rand(2, 5, 3), _rand(4, 3), _rand(4)), {}),
                     ((_rand(3), _rand(4, 3), None), {})],
 )  # fmt: skip

@@ -1,7 +1,8 @@
 """Buckets: which gradients travel together, and the flat array they live in.
 
 Parameters are taken in reverse order of registration, about the order in which backward finishes
-them; a bucket is closed when it reaches its cap, and holds one dtype. Parameters are never split.
+them, or in the order in which a backward pass has finished them; a bucket is closed when it reaches
+its cap, and holds one dtype. Parameters are never split.
 Source: Li et al., PyTorch Distributed, VLDB 2020, section 4.2.
 """
 
@@ -13,54 +14,78 @@ from typing import Any
 import numpy as np
 
 from dtrain.autograd.node import make
+from dtrain.distributed.grad_bucket import GradBucket
 from dtrain.distributed.world import ProcessGroup
 from dtrain.flat import FlatBuffer
 
 MIB = 1 << 20
 FIRST_CAP = 1 * MIB  # small, so that the first all-reduce starts early in backward
 DEFAULT_CAP = 25 * MIB
+DEFAULT_CAPS = (FIRST_CAP, DEFAULT_CAP)
+
+# What one rank has in a bucket's tail for the fingerprint of its parameters.
+WORDS = 3
 
 
-def assign(parameters: Sequence[Any], cap: int | None) -> list[list[int]]:
+def assign(parameters: Sequence[Any], caps: Sequence[int], order: Sequence[int]) -> list[list[int]]:
     """Indices of `parameters` for each bucket, in the order in which buckets are reduced.
 
-    `cap` in bytes; None means 25 MiB with a first bucket of 1 MiB, as in torch.
+    `caps[i]` is the size in bytes at which bucket i is closed, the last one for all that follow;
+    `order` that in which parameters are taken.
     """
     buckets: list[list[int]] = []
-    open_by_dtype: dict[np.dtype[Any], tuple[list[int], int]] = {}
-    for index in reversed(range(len(parameters))):
+    numbers: dict[np.dtype[Any], int] = {}  # {dtype: its open bucket}
+    sizes: list[int] = []
+    for index in order:
         data = parameters[index]._data
-        members, size = open_by_dtype.get(data.dtype, ([], 0))
-        if not members:
-            buckets.append(members)
-        members.append(index)
-        size += data.nbytes
-        limit = cap or (FIRST_CAP if members is buckets[0] else DEFAULT_CAP)
-        open_by_dtype[data.dtype] = ([], 0) if size >= limit else (members, size)
+        number = numbers.get(data.dtype)
+        if number is None:
+            number = numbers[data.dtype] = len(buckets)
+            buckets.append([])
+            sizes.append(0)
+        buckets[number].append(index)
+        sizes[number] += data.nbytes
+        if sizes[number] >= caps[min(number, len(caps) - 1)]:
+            del numbers[data.dtype]
     return buckets
 
 
 class Bucket:
-    """Gradients of some parameters in one flat array, with a flag for each that took part.
+    """Gradients of some parameters in one flat array, and behind them what else must travel.
 
     `views[i]` is the gradient of `members[i]`. `flags[i]` says that its parameter was used since
-    the last reduction, without one too (no_sync). The flags travel behind the gradients: after the
-    reduction, above 0 means that some rank used it.
+    the last reduction, without one too (no_sync): after the reduction, above 0 means that some rank
+    used it. `words[r]` are for the fingerprint of rank r's parameters.
     """
 
-    def __init__(self, index: int, members: Sequence[int], parameters: Sequence[Any],
-                 group: ProcessGroup) -> None:  # fmt: skip
+    def __init__(
+        self, index: int, members: Sequence[int], parameters: Sequence[Any], group: ProcessGroup
+    ) -> None:
         self.index = index
         self.members = tuple(members)
         arrays = [parameters[i]._data for i in members]
         shapes = [a.shape for a in arrays]
-        self.buffer = FlatBuffer(
-            [*shapes, (len(shapes),)], arrays[0].dtype, allocate=group.arrays.empty
-        )
-        *views, self.flags = self.buffer.views
+        tails = [(len(shapes),), (group.size(), WORDS)]
+        self.buffer = FlatBuffer([*shapes, *tails], arrays[0].dtype, allocate=group.arrays.empty)
+        *views, self.flags, self.words = self.buffer.views
+        cut = self.buffer.offsets[len(shapes)]
+        self.gradients, self.tail = self.buffer.array[:cut], self.buffer.array[cut:]
         self.views = [make(view) for view in views]
-        self.flags[...] = 0
+        self.tail[...] = 0
         self.start()
+
+    def as_grad_bucket(self, parameters: Sequence[Any], last: bool) -> GradBucket:
+        """What a communication hook is given."""
+        own = [parameters[i] for i in self.members]
+        return GradBucket(self.index, make(self.gradients), self.views, own, last)
+
+    def settle(self, parameters: Sequence[Any]) -> None:
+        """Let the gradients of the members live here, with what they have now."""
+        for place, member in enumerate(self.members):
+            parameter = parameters[member]
+            parameter._home = self.views[place]
+            if parameter._grad is not None:
+                self._adopt(place, parameter)
 
     def start(self) -> None:
         """Begin a backward pass that reduces: nothing of it is here yet."""
@@ -110,4 +135,4 @@ class Bucket:
                 view._data[...] = before
         for view in self.views:
             view._bump_version()
-        self.flags[...] = 0
+        self.tail[...] = 0

@@ -6,82 +6,213 @@ Rules:
    it while backward goes on.
 3. At the end of the pass the rest is submitted, parameters without a gradient counting as absent,
    and all works are waited for in order. Nobody needs to say beforehand what is unused.
+4. After the first pass that reduces, buckets are made anew in the order in which rank 0 saw
+   gradients come, once. Sums are elementwise, so this changes no bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from dtrain.autograd import engine
-from dtrain.comm.collectives import AllReduce
+from dtrain.comm.collectives import AllReduce, Broadcast
 from dtrain.comm.reduce import ReduceOp
-from dtrain.comm.work import Work
+from dtrain.comm.work import Future, Work
 from dtrain.distributed.world import ProcessGroup
-from dtrain.nn.parallel.buckets import Bucket, assign
+from dtrain.errors import DistError
+from dtrain.nn.parallel.buckets import DEFAULT_CAPS, Bucket, assign
+from dtrain.nn.parallel.divergence import Sentinel
+
+CommHook = Callable[[Any, Any], Future[Any]]
+
+
+class Flight:
+    """One bucket between submission and the end of the pass."""
+
+    __slots__ = ("bucket", "future", "kept", "work")
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        work: Work,
+        future: Future[Any] | None,
+        kept: dict[int, np.ndarray | None],
+    ) -> None:
+        self.bucket, self.work, self.future, self.kept = bucket, work, future, kept
 
 
 class Reducer:
-    """Keeps the gradients of `parameters` equal on all ranks of `group`: their mean.
+    """Keeps the gradients of the parameters equal on all ranks of `group`: their mean.
 
-    `sync` says whether the next backward pass reduces (see DDP.no_sync).
+    `named`: (name, parameter) of all that take part. `sync` says whether the next backward pass
+    reduces (see DDP.no_sync). `divide_by`: by what the sum over ranks is divided; None is the
+    number of ranks. `loss_weight`: how much the rank's loss of the passes to come stands for; if
+    not None, sums are divided by the weights' sum over ranks and passes instead, which costs one
+    all-reduce of 8 bytes. `delayed`: ids of parameters to be reduced behind all others.
     """
 
-    def __init__(self, parameters: Sequence[Any], group: ProcessGroup, cap: int | None) -> None:
-        self.parameters = list(parameters)
+    def __init__(
+        self,
+        named: Sequence[tuple[str, Any]],
+        group: ProcessGroup,
+        caps: Sequence[int] = DEFAULT_CAPS,
+        sentinel: Sentinel | None = None,
+        delayed: Collection[int] = (),
+    ) -> None:
+        self.names = [name for name, _ in named]
+        self.parameters = [parameter for _, parameter in named]
         self.group = group
+        self.caps = caps
         self.sync = True
-        self.buckets = [
-            Bucket(i, members, self.parameters, group)
-            for i, members in enumerate(assign(self.parameters, cap))
-        ]
+        self.divide_by: int | None = None
+        self.loss_weight: float | None = None
+        self._weight = np.zeros(1)  # of the passes since the last reduction
+        self._weighing: Work | None = None
+        self.rebuilt = False
+        self.went_around: Callable[[], str | None] = lambda: None  # see `checks.Watch`
+        self._hook: tuple[CommHook, Any] | None = None
+        self._sentinel = sentinel
         self._running = False
+        self._counted = False  # whether this pass's weight has been added
         self._next = 0  # the first bucket not yet submitted
-        self._works: list[tuple[Work, dict[int, np.ndarray | None]]] = []
+        self._flights: list[Flight] = []
+        self._order: list[int] = []  # parameters as their gradients came in the first pass
+        self.place: list[tuple[Bucket, int]] = []  # of each parameter
+        self._delayed = [i for i, p in enumerate(self.parameters) if id(p) in delayed]
+        self._make(self._assigned(reversed(range(len(self.parameters)))))
+        me = weakref.ref(self)
+        hooks = [p.register_post_accumulate_grad_hook(partial(_tell, me, index))
+                 for index, p in enumerate(self.parameters)]  # fmt: skip
+        weakref.finalize(self, _let_go, hooks, self.parameters, self.place).atexit = False
+
+    # ---- buckets
+
+    def _assigned(self, order: Iterable[int]) -> list[list[int]]:
+        """Which parameters each bucket has when they are taken in this order."""
+        late = set(self._delayed)
+        usual = [i for i in order if i not in late]
+        return [
+            *assign(self.parameters, self.caps, usual),
+            *assign(self.parameters, self.caps[-1:], self._delayed),
+        ]
+
+    def _make(self, members: Sequence[Sequence[int]]) -> None:
+        """New buckets; gradients and flags that are there move into them."""
+        used = [bool(bucket.flags[place]) for bucket, place in self.place]
+        self.buckets = [Bucket(i, m, self.parameters, self.group) for i, m in enumerate(members)]
+        places = {m: (b, i) for b in self.buckets for i, m in enumerate(b.members)}
+        self.place[:] = [places[index] for index in range(len(self.parameters))]
         for bucket in self.buckets:
-            for place, index in enumerate(bucket.members):
-                self.parameters[index].register_post_accumulate_grad_hook(
-                    partial(self._ready, bucket, place)
-                )
+            bucket.settle(self.parameters)
+        for (bucket, place), flag in zip(self.place, used, strict=False):
+            bucket.flags[place] = flag
+
+    def _rebuild(self) -> None:
+        """Arrange the buckets in the order in which rank 0 saw gradients come; once."""
+        self.rebuilt = True
+        if len(self.buckets) == 1 and self.buckets[0].gradients.nbytes < self.caps[0]:
+            return  # all in one, whatever the order
+        seen = set(self._order)
+        late = [i for i in reversed(range(len(self.parameters))) if i not in seen]
+        order = np.array([*self._order, *late], np.int64)
+        self.group.issue(Broadcast(order, 0))
+        members = self._assigned(order.tolist())
+        if members != [list(bucket.members) for bucket in self.buckets]:
+            self._make(members)
+
+    def register_hook(self, hook: CommHook, state: Any) -> None:
+        """From now on `hook(state, bucket)` reduces; RuntimeError for a second one."""
+        if self._hook is not None:
+            raise RuntimeError(
+                "register_comm_hook or register_builtin_comm_hook can only be called once."
+            )
+        self._hook = hook, state
+
+    # ---- a pass
 
     def prepare(self, sync: bool) -> None:
         """Before a forward pass: say whether the backward to come reduces.
 
         A pass that an exception cut short leaves nothing behind.
         """
-        self.sync = sync
+        self.sync, self._counted = sync, False
         if self._running:
             self._running = False
             for bucket in self.buckets:
-                bucket.flags[...] = 0
+                bucket.tail[...] = 0
+        if sync and self._order and not self.rebuilt:
+            self._rebuild()
 
-    def _ready(self, bucket: Bucket, place: int, parameter: Any) -> None:
+    def _ready(self, index: int, parameter: Any) -> None:
         """The hook of every parameter: its gradient of this pass is complete."""
+        if self.loss_weight is not None and not self._counted:
+            self._count_weight(self.loss_weight)
+        bucket, place = self.place[index]
         if not self.sync:
             bucket.keep(place, parameter)
             return
         if not self._running:
-            self._start()
+            self._start(index)
+        if not self.rebuilt:
+            self._order.append(index)
         bucket.add(place, parameter)
         if not bucket.pending:
             self._submit_full()
 
-    def _start(self) -> None:
-        self._running, self._next, self._works = True, 0, []
+    def _count_weight(self, weight: float) -> None:
+        """Once a pass: how much its loss stands for."""
+        self._counted = True
+        self._weight += weight
+        engine.queue_callback(self._pass_ends)
+
+    def _pass_ends(self) -> None:
+        self._counted = False
+
+    def _start(self, index: int) -> None:
+        place = self.went_around()
+        if place is not None:
+            raise RuntimeError(
+                f"rank {self.group.rank()}: parameter '{self.names[index]}' got a gradient from a "
+                "forward pass that did not go through DistributedDataParallel: its module was "
+                f"called directly at {place}. Other ranks would wait for gradients that mean "
+                "something else. Call the wrapper, or detach the result (or use torch.no_grad()) "
+                "if no gradient is wanted."
+            )
+        self._running, self._next, self._flights = True, 0, []
+        if not self.rebuilt:
+            self._order = []
         for bucket in self.buckets:
             bucket.start()
+        if self._sentinel is not None:
+            self._sentinel.sign(self.buckets)
+        self._weigh()
         engine.queue_callback(self._finish)
+
+    def _weigh(self) -> None:
+        if self.loss_weight is not None:
+            self._weighing = self.group.issue(AllReduce(self._weight), async_op=True)
 
     def _submit_full(self) -> None:
         while self._next < len(self.buckets) and not self.buckets[self._next].pending:
             self._submit(self.buckets[self._next], {})
 
     def _submit(self, bucket: Bucket, kept: dict[int, np.ndarray | None]) -> None:
-        work = self.group.issue(AllReduce(bucket.buffer.array, ReduceOp.AVG), async_op=True)
-        self._works.append((work, kept))
+        averages = self.divide_by is None and self.loss_weight is None
+        op = ReduceOp.AVG if averages else ReduceOp.SUM
+        future = None
+        if self._hook is None:
+            work = self.group.issue(AllReduce(bucket.buffer.array, op), async_op=True)
+        else:
+            hook, state = self._hook
+            last = bucket.index == len(self.buckets) - 1
+            future = hook(state, bucket.as_grad_bucket(self.parameters, last))
+            work = self.group.issue(AllReduce(bucket.tail, op), async_op=True)
+        self._flights.append(Flight(bucket, work, future, kept))
         self._next += 1
 
     def _finish(self) -> None:
@@ -89,7 +220,89 @@ class Reducer:
         for bucket in self.buckets[self._next :]:
             self._submit(bucket, bucket.fill_unused(self.parameters))
         self._running = False
-        for bucket, (work, kept) in zip(self.buckets, self._works, strict=True):
-            work.wait()
-            bucket.finish(self.parameters, kept)
-        self._works = []
+        self._land_all()
+
+    def _land_all(self) -> None:
+        flights, self._flights = self._flights, []
+        if self._weighing is not None:
+            self._weighing.wait()
+        for flight in flights:
+            self._land(flight)
+        for flight in flights:
+            flight.bucket.finish(self.parameters, flight.kept)
+        self._weighing, self._weight[...] = None, 0.0
+
+    def _land(self, flight: Flight) -> None:
+        """Wait for one bucket and leave what its gradients shall be in it."""
+        bucket = flight.bucket
+        try:
+            if flight.future is not None:
+                _take(flight.future.wait(), bucket)
+            flight.work.wait()
+        except DistError as error:
+            error.add_note(self._where(bucket))
+            raise
+        if self._sentinel is not None:
+            self._sentinel.compare(bucket)
+        if flight.future is None:
+            self._divide(bucket)
+
+    def _divide(self, bucket: Bucket) -> None:
+        by = self.divide_by if self._weighing is None else float(self._weight[0])
+        if by:
+            gradients = bucket.gradients
+            np.divide(gradients, gradients.dtype.type(by), out=gradients)
+
+    def _where(self, bucket: Bucket) -> str:
+        names = [self.names[member] for member in bucket.members]
+        return (
+            f"in the backward pass of DistributedDataParallel on rank {self.group.rank()}, "
+            f"reducing bucket {bucket.index} of {len(self.buckets)} (gradients of '{names[0]}' to "
+            f"'{names[-1]}'). If ranks have different numbers of batches, use `with "
+            "model.join():`, or give all of them the same number."
+        )
+
+    # ---- a rank that has no more inputs (see `joining`)
+
+    def prepare_shadow(self) -> None:
+        """What `prepare` does on the others, before a pass of theirs that reduces."""
+        if self._order and not self.rebuilt:
+            self._rebuild()
+
+    def shadow(self) -> None:
+        """The reductions of one backward pass of the others, with nothing to contribute.
+
+        Gradients of this rank are lost: after it they are those of the others.
+        """
+        self._next, self._flights = 0, []
+        self._weigh()
+        for bucket in self.buckets:
+            bucket.buffer.array[...] = 0
+            self._submit(bucket, {})
+        if not self._order:  # should rank 0 be this one, it has seen nothing
+            self._order = list(reversed(range(len(self.parameters))))
+        self._land_all()
+
+
+def _tell(reducer: weakref.ref[Reducer], index: int, parameter: Any) -> None:
+    """The hook of every parameter. It keeps no wrapper alive: a model may be wrapped anew."""
+    alive = reducer()
+    if alive is not None:
+        alive._ready(index, parameter)
+
+
+def _let_go(
+    hooks: Sequence[Any], parameters: Sequence[Any], place: Sequence[tuple[Bucket, int]]
+) -> None:
+    """Undo what a reducer that is gone did to the parameters."""
+    for hook, parameter, (bucket, i) in zip(hooks, parameters, place, strict=True):
+        hook.remove()
+        if parameter._home is bucket.views[i]:
+            del parameter._home
+
+
+def _take(value: Any, bucket: Bucket) -> None:
+    """Put what a communication hook's future gave into the bucket, unless it is there already."""
+    result = value[0] if isinstance(value, (list, tuple)) else value
+    if result._data is not bucket.gradients:
+        np.copyto(bucket.gradients, result._data.reshape(-1), casting="same_kind")

@@ -8,7 +8,7 @@ import pytest
 import dtrain as torch
 import dtrain.distributed as dist
 from dtrain.nn.parallel import DistributedDataParallel as DDP
-from dtrain.nn.parallel.buckets import FIRST_CAP, MIB, assign
+from dtrain.nn.parallel.buckets import DEFAULT_CAPS, FIRST_CAP, MIB, assign
 from dtrain.testing.distributed import run_distributed
 
 nn, F = torch.nn, torch.nn.functional
@@ -350,20 +350,25 @@ def parameters_of(*sizes, dtype=torch.float32):
     return [torch.zeros(n, dtype=dtype) for n in sizes]
 
 
+def taken(parameters, *caps):
+    """The buckets when parameters are taken in reverse."""
+    return assign(parameters, caps, list(reversed(range(len(parameters)))))
+
+
 def test_assignment_is_reverse_with_a_small_first_bucket():
     quarter = FIRST_CAP // 4 // 4
     many = parameters_of(*[quarter] * 9)
-    assert assign(many, None) == [[8, 7, 6, 5], [4, 3, 2, 1, 0]]
-    assert assign(many, 2 * FIRST_CAP // 4) == [[8, 7], [6, 5], [4, 3], [2, 1], [0]]
+    assert taken(many, *DEFAULT_CAPS) == [[8, 7, 6, 5], [4, 3, 2, 1, 0]]
+    assert taken(many, 2 * FIRST_CAP // 4) == [[8, 7], [6, 5], [4, 3], [2, 1], [0]]
 
 
 def test_a_parameter_larger_than_the_cap_is_not_split():
-    assert assign(parameters_of(10, 3 * MIB, 10), MIB) == [[2, 1], [0]]
+    assert taken(parameters_of(10, 3 * MIB, 10), MIB) == [[2, 1], [0]]
 
 
 def test_dtypes_do_not_share_a_bucket():
     mixed = parameters_of(4) + parameters_of(4, dtype=torch.float64) + parameters_of(4)
-    assert assign(mixed, None) == [[2, 0], [1]]
+    assert taken(mixed, *DEFAULT_CAPS) == [[2, 0], [1]]
 
 
 def check_mixed_dtypes():
