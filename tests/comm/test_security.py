@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 
@@ -78,7 +79,6 @@ def knock(address, server, own, mechanism="CURVE"):
             security.connect(sock, address, own, server)
         else:
             sock.connect(address)
-        sock.send(b"open up")
         assert monitor.poll(5000), "neither let in nor refused"
         event = parse_monitor_message(monitor.recv_multipart())["event"]
         sock.disable_monitor()
@@ -114,6 +114,25 @@ def test_the_store_lets_in_its_clients_and_nobody_else(monkeypatch):
         )
         monkeypatch.undo()
         assert client.get("k") == b"v"
+
+
+def test_something_else_at_the_stores_port_is_told_and_not_waited_for():
+    """It speaks first, as an SSH server does: the connection is over before the first question."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        with TcpStore("127.0.0.1", port, timeout=10) as client:
+            line = client._take_line()
+            stranger, _ = listener.accept()
+            with stranger:
+                stranger.sendall(b"SSH-2.0-something\r\n" * 10)
+                assert line._monitor.poll(5000)
+                # The event comes just before the end of the queue.
+                deadline = time.monotonic() + 5
+                while line._socket.poll(0, zmq.POLLOUT) and time.monotonic() < deadline:
+                    pass
+                with pytest.raises(DistStoreError, match="do not know each other"):
+                    line.ask(1, ["num_keys", [], 10.0], 10.0)
+            line.close()
 
 
 def test_a_client_that_says_nothing_does_not_stop_the_store():

@@ -350,7 +350,10 @@ class _Line:
         """Send one request and wait for its answer."""
         frame = _framed(Header(_REQUEST, tag=number), request)
         self.answered = False
-        self._socket.send(frame)
+        try:
+            self._socket.send(frame, zmq.DONTWAIT)  # its queue is never full
+        except zmq.Again:  # there is none any more: what is there does not speak as a store does
+            raise self._unknown() from None
         patience = math.ceil((timeout + _ANSWER_TIME) * 1000)
         ready = dict(
             zmq.zmq_poll([(self._socket, zmq.POLLIN), (self._monitor, zmq.POLLIN)], patience)
@@ -366,13 +369,16 @@ class _Line:
     def _broken(self) -> DistStoreError:
         event = parse_monitor_message(self._monitor.recv_multipart())["event"]
         if event & security.REFUSED:
-            return DistStoreError(
-                f"who listens at {self.address} and this process do not know each other: it is not"
-                " a store of this job, or one of the two has another secret, run id, attempt or"
-                " version of dtrain. Ranks on several hosts need the same secret: dtrun keygen >"
-                " FILE, then dtrun --secret-file FILE on each (DTRAIN_SECRET_FILE without dtrun)"
-            )
+            return self._unknown()
         return DistStoreError(f"the store at {self.address} has closed the connection")
+
+    def _unknown(self) -> DistStoreError:
+        return DistStoreError(
+            f"who listens at {self.address} and this process do not know each other: it is not"
+            " a store of this job, or one of the two has another secret, run id, attempt or"
+            " version of dtrain. Ranks on several hosts need the same secret: dtrun keygen >"
+            " FILE, then dtrun --secret-file FILE on each (DTRAIN_SECRET_FILE without dtrun)"
+        )
 
     def _read(self, number: int) -> Any:
         header, body = unpack(self._socket.recv())
