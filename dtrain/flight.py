@@ -41,6 +41,7 @@ __all__ = [
     "GroupFlight",
     "Section",
     "close",
+    "copy",
     "here",
     "of_process",
     "open_sections",
@@ -297,6 +298,14 @@ def read_all(directory: str | Path) -> list[Flight]:
     """The records of all ranks of this host, in rank order."""
     found = [read(path) for path in _files(directory)]
     return sorted((flight for flight in found if flight), key=lambda flight: flight.rank)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy the sections of a record that were ever used, of a process that has ended."""
+    with open(source, "rb") as file, open(target, "wb") as out:
+        out.write(file.read(_PAGE))
+        while (section := file.read(_SECTION)) and section[0]:
+            out.write(section)
 
 
 def of_process(pid: int) -> Flight | None:

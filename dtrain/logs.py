@@ -3,7 +3,8 @@
 All loggers live below "dtrain". Warnings and worse go to stderr until the program configures
 logging itself: as soon as the root logger or "dtrain" has a handler of the program, ours keeps
 silent, so nothing is said twice. The level is read from the environment with the first logger:
-DTRAIN_LOG, else TORCH_DISTRIBUTED_DEBUG (INFO, DETAIL), else LOGLEVEL, else WARNING.
+DTRAIN_LOG, else DTRAIN_DEBUG or TORCH_DISTRIBUTED_DEBUG (INFO, DETAIL), else LOGLEVEL, else
+WARNING.
 
 The module is not called `log`: its import would put it in the place of the function `dtrain.log`.
 """
@@ -99,14 +100,16 @@ def add_json_handler(path: str) -> logging.Handler:
 
 
 def level_from_environ(environ: Mapping[str, str] = os.environ) -> int:
-    """The level that DTRAIN_LOG, TORCH_DISTRIBUTED_DEBUG or LOGLEVEL asks for, in this order."""
+    """The level that DTRAIN_LOG, DTRAIN_DEBUG, TORCH_DISTRIBUTED_DEBUG or LOGLEVEL asks for: the
+    first of them that is set.
+    """
     if environ.get("DTRAIN_LOG"):
         return _level("DTRAIN_LOG", environ["DTRAIN_LOG"])
-    debug = environ.get("TORCH_DISTRIBUTED_DEBUG", "OFF").upper()
+    variable = "DTRAIN_DEBUG" if environ.get("DTRAIN_DEBUG") else "TORCH_DISTRIBUTED_DEBUG"
+    debug = environ.get(variable, "OFF").upper()
     if debug not in TORCH_DEBUG_LEVELS:
         raise ValueError(
-            "The value of TORCH_DISTRIBUTED_DEBUG must be OFF, INFO, or DETAIL. "
-            f"Got {environ['TORCH_DISTRIBUTED_DEBUG']!r}"
+            f"The value of {variable} must be OFF, INFO, or DETAIL. Got {environ[variable]!r}"
         )
     level = TORCH_DEBUG_LEVELS[debug]
     return level if level is not None else _level("LOGLEVEL", environ.get("LOGLEVEL") or "WARNING")

@@ -23,7 +23,16 @@ from types import FrameType
 
 from dtrain.processes import ENDED, STOPPED, start_of, state_of
 
-__all__ = ["Frame", "answer", "in_words", "nameless", "of_process", "of_thread", "own_file"]
+__all__ = [
+    "Frame",
+    "answer",
+    "beside",
+    "in_words",
+    "nameless",
+    "of_process",
+    "of_thread",
+    "own_file",
+]
 
 SIGNAL = signal.SIGRTMIN + 12
 PATIENCE = 0.5
@@ -65,6 +74,14 @@ def nameless(name: str, pid: int) -> Path | None:
     return None
 
 
+def beside(flight: str) -> Path | None:
+    """Where the process writes its stack whose flight record is at that path."""
+    path = Path(flight)
+    if path.name.startswith("flight-"):
+        return path.with_name(path.name.replace("flight-", "stack-"))
+    return nameless("stack", int(path.parts[2]))  # /proc/PID/fd/N
+
+
 def answer() -> int:
     """Write the main thread's stack whenever the returned signal comes, for good.
 
@@ -87,6 +104,8 @@ def of_process(pid: int, started: int, number: int, file: Path | None) -> list[F
     if state in STOPPED:
         return "its process is stopped (SIGSTOP)"
     if not number or file is None:
+        return "its stack cannot be asked for"
+    if not file.exists():  # the record was copied from elsewhere
         return "its stack cannot be asked for"
     before = file.stat().st_size
     os.kill(pid, number)

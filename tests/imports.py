@@ -54,6 +54,7 @@ ABOVE = (
 CORE = {"numpy", "zmq", "msgpack", "ml_dtypes"}
 # Heavy and seldom needed: imported inside the function that needs them (`dtrain.testing` is itself
 # loaded by tests only).
+LAUNCHER_READS = ("dtrain.comm.store", "dtrain.flight", "dtrain.stacks")
 LAZY = {"cloudpickle", "mpi4py", "psutil", "safetensors", "threadpoolctl"}
 # A package's face may load sub-packages when they are first asked for, a registry what it lists.
 DYNAMIC = {"dtrain", "dtrain.autograd", "dtrain.nn", "dtrain.utils", "dtrain.distributed"}
@@ -186,6 +187,10 @@ def _judge_launcher(edge: Import) -> str | None:
     top = edge.target.partition(".")[0]
     if top == "dtrun" or top in sys.stdlib_module_names:
         return None
-    if top == "psutil" or edge.target.startswith("dtrain.comm.store"):
-        return None if edge.place != "module" else "import it in the function that needs it"
+    if top == "psutil" or edge.target.startswith(LAUNCHER_READS):
+        return (
+            None
+            if edge.place in ("function", "typing")
+            else "import it in the function that needs it"
+        )
     return "the launcher stands on the standard library and psutil alone"

@@ -109,7 +109,7 @@ NAMES = {
         Backend BackendConfig get_backend_config is_backend_available is_gloo_available
         is_nccl_available is_mpi_available is_ucc_available is_xccl_available
         is_torchelastic_launched DeviceMesh init_device_mesh device_mesh nn
-        DebugLevel get_debug_level set_debug_level set_debug_level_from_env breakpoint
+        DebugLevel get_debug_level set_debug_level set_debug_level_from_env breakpoint statistics
         rank0_first rank0_section PreHookArgs PostHookArgs
         shrink_group SHRINK_DEFAULT SHRINK_ABORT FakeStore allow_pickle default_pg_timeout
         distributed_c10d _functional_collectives

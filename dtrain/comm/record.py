@@ -7,6 +7,7 @@ can read.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections import deque
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 
 from dtrain import flight
 from dtrain.flight import POINT_TO_POINT
+from dtrain.logs import get_logger
 
 __all__ = [
     "POINT_TO_POINT",
@@ -24,6 +26,8 @@ __all__ = [
     "Recorder",
     "call_site",
 ]
+
+_log = logging.getLogger("dtrain.comm")
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
@@ -74,7 +78,8 @@ class CallRecord:
 class KindStatistics:
     """Finished calls of one kind: how many, bytes of their buffers, seconds spent in them.
 
-    `waited`: the part of these seconds spent waiting for other ranks.
+    `waited`: the part of these seconds spent waiting for other ranks (in shared memory, waits that
+    are too short to sleep, under 0.1 ms, do not count).
     """
 
     count: int = 0
@@ -114,6 +119,7 @@ class Recorder:
     @classmethod
     def of(cls, group: str, rank: int, size: int) -> Recorder:
         """That of a group which this process joins; `close` it."""
+        get_logger("dtrain.comm").info("group %r: rank %d of %d joins", group, rank, size)
         return cls(flight.section(group, rank, size))
 
     def queue(self, record: CallRecord, now: float) -> None:
@@ -159,6 +165,9 @@ class Recorder:
         counts[1] += record.nbytes
         counts[2] += ended - started
         counts[3] += waited
+        if _log.isEnabledFor(logging.DEBUG):
+            seconds = ended - started
+            _log.debug("%s took %.6f s, %.6f s of it waiting", record, seconds, waited)
 
     def _charge(self, waits: Mapping[int, float]) -> float:
         for rank, seconds in waits.items():
@@ -171,8 +180,12 @@ class Recorder:
             self.section.end(record.place, flight.FAILED, now, 0.0)
 
     def close(self) -> None:
-        """The group is closed."""
+        """The group is closed; at level INFO, what it did."""
         flight.close(self.section)
+        for kind, counts in self.snapshot().items():
+            _log.info("group %r is closed: %s %s", self.section.name, kind, counts)
+        if self.waits:
+            _log.info("group %r waited, by rank: %s", self.section.name, self.waits)
 
     def find(self, seq: int) -> CallRecord | None:
         """The call with this sequence number, if it is among the last ones."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import time
-from pathlib import Path
 
 from dtrain import flight, stacks
 from dtrain.comm.topology import host_id
@@ -61,12 +60,7 @@ def _stack(record: Flight, mine: GroupFlight, pid: int) -> list[str]:
     if pid == os.getpid():
         found: list[stacks.Frame] | str = stacks.of_thread(mine.thread)
     else:
-        found = stacks.of_process(pid, record.started, record.signal, _stack_file(record))
+        found = stacks.of_process(pid, record.started, record.signal, stacks.beside(record.path))
     if isinstance(found, str):
         return [f"  {found}"]
     return [f"  {line}" for line in stacks.in_words(found)]
-
-
-def _stack_file(record: Flight) -> Path | None:
-    beside = Path(record.path).with_name(Path(record.path).name.replace("flight", "stack"))
-    return beside if beside.name.startswith("stack") else stacks.nameless("stack", record.pid)

@@ -63,6 +63,7 @@ from dtrain.distributed.debugging import (
     get_debug_level as get_debug_level,
     set_debug_level as set_debug_level,
     set_debug_level_from_env as set_debug_level_from_env,
+    statistics as statistics,
 )
 from dtrain.distributed.grad_bucket import (
     GradBucket as GradBucket,

@@ -1,4 +1,4 @@
-"""Looking at ranks while they run: the debug level, a breakpoint on one rank.
+"""Looking at ranks while they run: the debug level, counters, a breakpoint on one rank.
 
 Source: torch.distributed.{DebugLevel, get_debug_level, set_debug_level, breakpoint}.
 """
@@ -13,10 +13,10 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dtrain.comm.collectives import Barrier
-from dtrain.comm.record import call_site
+from dtrain.comm.record import GroupStatistics, call_site
 from dtrain.distributed.groups import get_rank
 from dtrain.distributed.work import seconds
 from dtrain.distributed.world import resolve
@@ -58,11 +58,20 @@ def set_debug_level(level: DebugLevel) -> None:
 
 
 def set_debug_level_from_env() -> None:
-    """Set the level that DTRAIN_LOG, TORCH_DISTRIBUTED_DEBUG or LOGLEVEL asks for.
+    """Set the level that DTRAIN_LOG, DTRAIN_DEBUG, TORCH_DISTRIBUTED_DEBUG or LOGLEVEL asks for.
 
     ValueError for a value that none of them has.
     """
     ROOT.setLevel(level_from_environ(os.environ))
+
+
+def statistics(group: Any = None) -> GroupStatistics:
+    """What this rank has done in `group` since it was made; counted always, sends nothing.
+
+    `calls[kind]`: `count`, `bytes`, `seconds`, and how many of these seconds were `waited` for
+    others; `waits[rank]`: for whom, by rank of the group: who makes the others wait.
+    """
+    return resolve(group).arrays.statistics()
 
 
 class _Resumed(Barrier):

@@ -13,7 +13,7 @@ import signal
 import socket
 from collections.abc import Mapping
 
-from dtrun import errors, secret
+from dtrun import debug, errors, secret
 from dtrun.group import Group, Signals, flush
 from dtrun.keeper import CANNOT_START
 from dtrun.output import make_log_dir
@@ -40,6 +40,7 @@ class Agent:
         self._streams = Streams(spec, self._selector, self._hostname)
         self._log_dir = run_dir
         self._received: int | None = None
+        self._last_calls = ""  # of the ranks of an attempt that failed
 
     def run(self) -> int:
         """Launch, see everything end, and return the exit code. Blocks until then."""
@@ -75,7 +76,8 @@ class Agent:
                 return 128 + self._received
             if not failures:
                 return 0
-            self._streams.say(errors.report(self._spec.target, failures, self._hostname))
+            target, host = self._spec.target, self._hostname
+            self._streams.say(errors.report(target, failures, host, self._last_calls))
             if number < self._spec.max_restarts:
                 left = f"{number + 1} of {self._spec.max_restarts}"
                 self._streams.say(f"dtrun: restart {left} of all workers\n")
@@ -111,4 +113,7 @@ class Agent:
         group = Group(self._spec, attempt, self._streams, self._environ)
         failures = group.run(self._selector, self._signals)
         self._received = group.supervisor.received
+        if failures and self._received is None:
+            kept = "" if self._spec.log_dir is None else attempt.error_dir
+            self._last_calls = debug.ask(attempt.run_dir, "--report", kept)
         return failures

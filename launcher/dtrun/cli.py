@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from dtrun import keeper, options, output, secret
+from dtrun import debug, keeper, options, output, secret
 from dtrun.agent import Agent
 from dtrun.keeper import CANNOT_START
 from dtrun.rendezvous import make_run_dir, remove_run_dir
@@ -113,9 +113,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if list(argv) == ["keygen"]:
         print(secret.fresh(), end="")
         return 0
+    if list(argv[:1]) == ["debug"]:
+        return debug.main(argv[1:])
     spec = parse(argv)
     try:
         run_dir = make_run_dir(os.environ)
+        debug.write_run_id(run_dir, spec.run_id)
     except OSError as error:
         print(f"dtrun: error: cannot make a run directory: {error}", file=sys.stderr)
         return CANNOT_START

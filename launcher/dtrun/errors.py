@@ -82,8 +82,11 @@ def exit_code(failure: Failure) -> int:
     return failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
 
 
-def report(name: str, failures: list[Failure], hostname: str) -> str:
-    """The failure report: the root cause with its whole traceback, then a line for each other."""
+def report(name: str, failures: list[Failure], hostname: str, last_calls: str = "") -> str:
+    """The failure report: the root cause with its whole traceback, then a line for each other.
+
+    `last_calls`: lines that say what the ranks were doing.
+    """
     first = root_cause(failures)
     when = time.strftime("%Y-%m-%d_%H:%M:%S", time.localtime(first.time))
     lines = [
@@ -103,6 +106,8 @@ def report(name: str, failures: list[Failure], hostname: str) -> str:
     others = sorted(failure for failure in failures if failure is not first)
     if others:
         lines += [THIN_RULE, "Other Failures:", *map(_line, others)]
+    if last_calls:
+        lines += [THIN_RULE, "Last Calls:", last_calls.rstrip("\n")]
     return "\n".join([*lines, RULE, ""])
 
 

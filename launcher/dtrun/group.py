@@ -13,8 +13,9 @@ import subprocess
 import time
 from collections.abc import Mapping
 
-from dtrun import process
+from dtrun import debug, process
 from dtrun.errors import Failure, read_recorded
+from dtrun.keeper import ASK_SIGNAL
 from dtrun.spec import (
     STDERR,
     STDOUT,
@@ -128,6 +129,10 @@ class Group:
                 self._ended[local_rank] = time.time()
                 self.supervisor.exited(local_rank, code, now)
         for signum in received:
+            if signum == ASK_SIGNAL:
+                text = debug.ask(self._attempt.run_dir)
+                self._streams.say(text or "dtrun: no rank has joined a group yet\n")
+                continue
             self._send(self.supervisor.signalled(signum, now))
 
     def _tell_end(self, local_rank: int, code: int) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dtrun import errors, process
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+ASK_SIGNAL = signal.SIGUSR1  # the launcher prints what the ranks do, and goes on
 CANNOT_START = 126  # exit code, as a shell's for a command that cannot be executed
 # The launcher needs less than one second to stop; this is for a launcher that cannot go on.
 PATIENCE_SECONDS = 2.0
@@ -31,7 +32,7 @@ def keep(launch: Callable[[set[signal.Signals]], int], clean: Callable[[], None]
     """
     # A signal that is ignored (nohup, a shell's background job) stays ignored for everybody.
     stops = {one for one in STOP_SIGNALS if signal.getsignal(one) is not signal.SIG_IGN}
-    watched = stops | {signal.SIGCHLD}
+    watched = stops | {signal.SIGCHLD, ASK_SIGNAL}
     signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     process.adopt_orphans()
     for stream in (sys.stdout, sys.stderr):
@@ -72,5 +73,6 @@ def _wait(child: int, watched: set[signal.Signals]) -> int:
             signum = signal.SIGKILL if info is None else info.si_signo
         if signum != signal.SIGCHLD:
             os.kill(child, signum)
+        if signum in STOP_SIGNALS:
             deadline = time.monotonic() + PATIENCE_SECONDS
     return os.waitstatus_to_exitcode(ended[1])
