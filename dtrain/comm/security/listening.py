@@ -146,8 +146,12 @@ def process_of(connection: socket_module.socket) -> int:
 
 
 def _fresh_directory() -> Path:
-    """A new private directory whose socket path fits into sun_path."""
-    for base in (tempfile.gettempdir(), "/tmp"):
+    """A new private directory whose socket path fits into sun_path.
+
+    It is in the run directory if there is one: that goes with the launcher, however ranks ended.
+    """
+    wished = tempfile.gettempdir()
+    for base in (os.environ.get("DTRAIN_RUN_DIR", wished), wished, "/tmp"):
         if len(os.fsencode(base)) + len(_PREFIX) + 24 <= MAX_UNIX_PATH and os.access(base, os.W_OK):
             _sweep(base)
             return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=base))
