@@ -304,3 +304,41 @@ def test_a_rank_that_leaves_at_once_is_not_in_the_way_of_one_that_is_still_arriv
         transport.send(0, 0, got)
     assert lost.value.orderly
     transport.close()
+
+
+class _LateTracker:
+    """Says that a frame has been let go when it is asked for the second time."""
+
+    done = False
+
+    def __init__(self, looks):
+        self.looks = looks
+
+    def wait(self, timeout):
+        self.looks -= 1
+        if self.looks > 0:
+            raise zmq.NotDone
+
+
+@pytest.mark.parametrize(("how", "looks"), [("close", 2), ("close", 9), ("abandon", 2)])
+def test_who_got_everything_and_left_is_not_missed_by_a_flush(how, looks):
+    """The tracker of a frame may be told later than its receiver has left; of one who did not get
+    it, or died, it is never told.
+    """
+
+    def part(group):
+        transport = group.transport
+        if group.rank == 1:
+            getattr(transport, how)()
+            return None
+        with pytest.raises(PeerLost):
+            transport.recv_into(1, 0, np.zeros(1), time.monotonic() + 10)
+        transport._in_flight.append((1, _LateTracker(looks)))
+        try:
+            transport.flush(time.monotonic() + 10)
+        except PeerLost as loss:
+            return loss.orderly
+        return "sent"
+
+    expected = {("close", 2): "sent", ("close", 9): True, ("abandon", 2): False}
+    assert run_world(2, part, transport="zmq")[0] == expected[how, looks]

@@ -63,6 +63,9 @@ _COPY_BELOW = 256 * 1024
 _CLOSE_LOOK = 0.002
 _LAST_WRITE = 0.02
 
+# What the tracker of a frame may take after its receiver has left.
+_PARTING = 1.0
+
 # How often a flush that has to wait looks whether the peer is still there.
 _FLUSH_LOOK = 0.05
 
@@ -224,8 +227,9 @@ class ZmqTransport(Transport):
                 self._advance(self.mailbox.version, 0.0)
             else:
                 return
-            if dst in self.mailbox.lost:
-                raise self.mailbox.lost[dst].copy()
+            loss = self.mailbox.lost.get(dst)
+            if loss is not None and not (loss.orderly and _comes(tracker)):
+                raise loss.copy()
             if self.mailbox.failure is not None:
                 raise self.mailbox.failure
             if left <= 0:
@@ -422,6 +426,17 @@ class TcpTransport(ZmqTransport):
 
     def __init__(self, store: Store, rank: int, size: int, timeout: float) -> None:
         super().__init__(store, rank, size, timeout, where="tcp")
+
+
+def _comes(tracker: zmq.MessageTracker) -> bool:
+    """Whether the frame of a peer that has left in good order is let go soon.
+
+    It may have got all that it waited for, and have left, before pyzmq's thread told the tracker.
+    """
+    with contextlib.suppress(zmq.NotDone):
+        tracker.wait(_PARTING)
+        return True
+    return False
 
 
 def _job_of(addresses: list[str]) -> int:
