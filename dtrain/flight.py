@@ -98,10 +98,12 @@ class Section:
         place = self._at + _PAGE + serial % CALLS * _SIZE
         # The end of a path says more than its beginning.
         where = site.encode() if len(site) <= _SITE else site.encode()[-_SITE:]
+        # fmt: off
         _write_call(
-            *(self._memory, place, serial, seq, nbytes, start, state, 0.0, 0.0),
-            *(signature.encode(), where, serial),
+            self._memory, place, serial, seq, nbytes, start, state, 0.0, 0.0,
+            signature.encode(), where, serial,
         )
+        # fmt: on
         return place
 
     def run(self, place: int, start: float) -> None:
