@@ -64,14 +64,14 @@ def conversation(rng: random.Random, frames: int) -> bytes:
     return start + shake + b"".join(frame(rng) for _ in range(frames))
 
 
-def message(rng: random.Random, job: int | None, size: int) -> list[bytes]:
-    """The frames of a message to a rank's inbox, which is none of its group's: unless `job` is
-    given, they may come close.
+def message(rng: random.Random, size: int) -> list[bytes]:
+    """The frames of a message to a rank's inbox, which is none of its group's.
+
+    Its number of the group is random: one that a mutation could mend would be a member's message.
     """
     kind = rng.randrange(9)
-    header = Header(kind, rng.randrange(size + 2), rng.getrandbits(40), rng.getrandbits(10))
-    if job is not None:
-        header = header._replace(job=(job ^ 1 << rng.randrange(64)))
+    group = rng.getrandbits(64)
+    header = Header(kind, rng.randrange(size + 2), rng.getrandbits(40), rng.getrandbits(10), group)
     sound = pack(header, rng.randbytes(rng.randrange(40)))
     first = sound if rng.random() < 0.5 else mutated(rng, sound)[: HEAD.size + 200]
     return [first, *(rng.randbytes(rng.randrange(30)) for _ in range(rng.randrange(3)))]
