@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from dtrain.autograd.grad_mode import is_grad_enabled
 from dtrain.comm.collectives import Broadcast
 from dtrain.distributed.algorithms.ddp_comm_hooks.default_hooks import (
     bf16_compress_hook,
     fp16_compress_hook,
 )
+from dtrain.distributed.algorithms.join import Joinable
 from dtrain.distributed.world import ProcessGroup, resolve
 from dtrain.dtypes import bfloat16, float16
 from dtrain.flat import FlatBuffer
@@ -26,6 +28,7 @@ from dtrain.nn.modules.module import Module
 from dtrain.nn.parallel.buckets import DEFAULT_CAPS, MIB
 from dtrain.nn.parallel.checks import Inventory, Watch, check_same_parameters
 from dtrain.nn.parallel.divergence import Sentinel
+from dtrain.nn.parallel.joining import JoiningModel
 from dtrain.nn.parallel.mixed_precision import (
     _MixedPrecision,
     cast_floating,
@@ -37,7 +40,7 @@ from dtrain.nn.parallel.reducer import CommHook, Reducer
 _COMPRESS = {float16: fp16_compress_hook, bfloat16: bf16_compress_hook}
 
 
-class DistributedDataParallel(Module):
+class DistributedDataParallel(Module, JoiningModel):
     """Wrap `module` so that backward leaves the mean of all ranks' gradients on every rank.
 
     Construction, forward and backward must happen on all ranks, in the same order. Construction
@@ -95,6 +98,7 @@ class DistributedDataParallel(Module):
         divergence_check_every: int = 100,
     ) -> None:
         super().__init__()
+        Joinable.__init__(self)
         ignored = list(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
         named = [(n, p) for n, p in module.named_parameters()
                  if p.requires_grad and n not in ignored]  # fmt: skip
@@ -112,8 +116,7 @@ class DistributedDataParallel(Module):
         self.parameters_to_ignore = set(ignored)
         if init_sync:
             check_same_parameters(named, self.process_group)
-            ours = [(n, p) for n, p in module.named_parameters() if n not in ignored]
-            copy_from_first([p for _, p in ours], self.process_group)
+            self._copy_parameters()
             self._copy_buffers()
         every = divergence_check_every
         sentinel = Sentinel(named, self.process_group, every) if every else None
@@ -139,18 +142,27 @@ class DistributedDataParallel(Module):
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """The module's forward, after the buffers have been copied from rank 0."""
         self._inventory.check(self.process_group.rank())
-        self.reducer.prepare(self.require_backward_grad_sync)
-        if self.broadcast_buffers and self.training and self.require_backward_grad_sync:
-            self._copy_buffers()
+        sync = self.require_backward_grad_sync
+        copies = self.broadcast_buffers and self.training and sync
+        weighs = self.reducer.loss_weight is not None
+        source = self._begin_pass((sync, copies, sync and is_grad_enabled(), weighs))
+        self.reducer.prepare(sync)
+        if copies:
+            self._copy_buffers(source)
         outputs = self._run(inputs, kwargs)
         if self.reducer.loss_weight is not None:
             outputs = map_tensors(self._weigh, outputs)
         return outputs
 
-    def _copy_buffers(self) -> None:
-        named = self.module.named_buffers()
-        kept = [b for n, b in named if n not in self.parameters_to_ignore]
-        copy_from_first(kept, self.process_group)
+    def _copy_parameters(self, source: int = 0) -> None:
+        self._copy(self.module.named_parameters(), source)
+
+    def _copy_buffers(self, source: int = 0) -> None:
+        self._copy(self.module.named_buffers(), source)
+
+    def _copy(self, named: Iterable[tuple[str, Any]], source: int) -> None:
+        kept = [t for name, t in named if name not in self.parameters_to_ignore]
+        copy_from(source, kept, self.process_group)
 
     def _run(self, inputs: Any, kwargs: Any) -> Any:
         lower = self.mixed_precision and self.mixed_precision.param_dtype
@@ -240,8 +252,8 @@ def _caps(one: float | None, several: Sequence[float] | None) -> Sequence[int]:
     return [int(size * MIB) for size in sizes] or DEFAULT_CAPS
 
 
-def copy_from_first(tensors: Sequence[Any], group: ProcessGroup) -> None:
-    """Overwrite `tensors` with those of the group's first rank, one message per dtype."""
+def copy_from(source: int, tensors: Sequence[Any], group: ProcessGroup) -> None:
+    """Overwrite `tensors` with those of the group's rank `source`, one message per dtype."""
     if group.size() == 1:
         return
     by_dtype: dict[np.dtype[Any], list[Any]] = {}
@@ -249,7 +261,7 @@ def copy_from_first(tensors: Sequence[Any], group: ProcessGroup) -> None:
         by_dtype.setdefault(tensor._data.dtype, []).append(tensor)
     for same in by_dtype.values():
         flat = FlatBuffer.of([t._data for t in same], align=1)
-        group.issue(Broadcast(flat.array, 0))
-        if group.rank() != 0:
+        group.issue(Broadcast(flat.array, source))
+        if group.rank() != source:
             for tensor, view in zip(same, flat.views, strict=True):
                 tensor.set_array(view)

@@ -38,13 +38,18 @@ class Sentinel:
         self._bucket: Bucket | None = None  # the one that carries the hash of this pass
         self._part: list[Piece] = []
 
-    def sign(self, buckets: Sequence[Bucket]) -> None:
-        """Put the hash of the next part into a bucket; before anything of the pass is submitted."""
+    def sign(self, buckets: Sequence[Bucket], taking_part: bool = True) -> None:
+        """Put the hash of the next part into a bucket; before anything of the pass is submitted.
+
+        A rank that takes no part in the pass only counts it.
+        """
         self._bucket = next((b for b in buckets if b.words.dtype in (np.float32, np.float64)), None)
         if self._bucket is None:
             return
         self._part = self._parts[self._passes % len(self._parts)]
         self._passes += 1
+        if not taking_part:
+            return
         code = 0
         for piece in self._part:
             code = _hash(piece, code)

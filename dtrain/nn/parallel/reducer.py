@@ -269,16 +269,23 @@ class Reducer:
         if self._order and not self.rebuilt:
             self._rebuild()
 
-    def shadow(self) -> None:
+    def shadow(self, weighs: bool) -> None:
         """The reductions of one backward pass of the others, with nothing to contribute.
 
-        Gradients of this rank are lost: after it they are those of the others.
+        `weighs`: whether they have set a loss_weight. What gradients this rank had are dropped;
+        after it they are those of the others.
         """
         self._next, self._flights = 0, []
+        self._weight[...] = 0.0
+        self.loss_weight = 0.0 if weighs else None
+        if self._sentinel is not None:
+            self._sentinel.sign(self.buckets, taking_part=False)
         self._weigh()
+        for parameter in self.parameters:
+            parameter._grad = None
         for bucket in self.buckets:
-            bucket.buffer.array[...] = 0
-            self._submit(bucket, {})
+            bucket.tail[...] = 0
+            self._submit(bucket, bucket.fill_unused(self.parameters))
         if not self._order:  # should rank 0 be this one, it has seen nothing
             self._order = list(reversed(range(len(self.parameters))))
         self._land_all()
