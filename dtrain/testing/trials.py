@@ -73,9 +73,10 @@ def run_trial(trial: Trial, program: Callable[..., list[object]] = suffer) -> Ve
             victim = _end_of(trial, ranks[trial.victim], ends)
         except TimeoutError as hang:
             return Verdict(trial, "failed", str(hang))
-        if trial.call == "rendezvous":
+        pids = [rank.pid for rank in ranks]
+        if trial.call == "rendezvous" and _leftovers(pids):
             _sweep()  # no survivor knew yet where the victim's socket is
-        return judge(trial, ends, victim, _leftovers([rank.pid for rank in ranks]))
+        return judge(trial, ends, victim, _leftovers(pids))
 
 
 def _end_of(trial: Trial, process: Process, ends: Sequence[Outcome]) -> Outcome:
