@@ -36,6 +36,11 @@ def queue_callback(function: Callable[[], None]) -> None:
     queue.append(function)
 
 
+def is_running() -> bool:
+    """Whether a backward pass is running in this thread."""
+    return _callbacks.get() is not None
+
+
 def reachable(roots: Sequence[Any]) -> tuple[list[Node], dict[Any, int]]:
     """The nodes above `roots`, newest first, and how often each leaf is used by them."""
     uses: dict[Any, int] = {}

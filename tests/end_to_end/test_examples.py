@@ -78,3 +78,17 @@ def test_train_gpt_refuses_a_file_that_is_not_there(tmp_path):
     ended = run(sys.executable, EXAMPLES / "train_gpt.py", "--data", tmp_path / "nothing.txt")
     assert ended.code == 1
     assert "nothing.txt" in ended.err.splitlines()[-1]
+
+
+def test_ddp_comm_hooks():
+    """Every hook sends what it computes, and DDP's own flags; those with 8 bits or more learn."""
+    ended = dtrun(2, EXAMPLES / "ddp_comm_hooks.py", "--epochs", 2)
+    assert ended.code == 0, ended.err
+    row = re.compile(r"^(.+?) {2,}(\d+|-) +(\d+) +(\d+\.\d+) +(\d\.\d+) +\d+\.\d$", re.MULTILINE)
+    rows = {name.split("]: ")[-1]: numbers for name, *numbers in row.findall(ended.out)}
+    assert len(rows) == 11
+    exact = float(rows.pop("none")[2])
+    for name, (computed, sent, loss, _) in rows.items():
+        assert 0 < int(sent) - int(computed) < 200, name
+        if name in ("allreduce", "fp16", "bf16", "8 bits", "8 bits per 512"):
+            assert float(loss) == pytest.approx(exact, abs=0.02)

@@ -20,7 +20,11 @@ from dtrain.distributed.algorithms.ddp_comm_hooks.default_hooks import (
     bf16_compress_hook,
     fp16_compress_hook,
 )
+from dtrain.distributed.algorithms.ddp_comm_hooks.optimizer_overlap_hooks import (
+    apply_optim_in_backward_hook,
+)
 from dtrain.distributed.algorithms.join import Joinable
+from dtrain.distributed.optim.apply_optimizer_in_backward import take_over
 from dtrain.distributed.world import ProcessGroup, resolve
 from dtrain.dtypes import bfloat16, float16
 from dtrain.flat import FlatBuffer
@@ -129,6 +133,8 @@ class DistributedDataParallel(Module, JoiningModel):
         weakref.finalize(self, hook.remove).atexit = False  # a model may be wrapped anew
         if mixed_precision is not None:
             self._lower_precision(mixed_precision)
+        if take_over([p for _, p in named]):
+            self.reducer.register_hook(apply_optim_in_backward_hook, self.process_group)
 
     def _lower_precision(self, wanted: _MixedPrecision) -> None:
         reduced = wanted.reduce_dtype or wanted.param_dtype

@@ -7,40 +7,19 @@ import numpy as np
 import dtrain as torch
 import dtrain.distributed as dist
 from dtrain.autograd.node import make
+from dtrain.distributed.grad_bucket import GradBucket
 from dtrain.flat import FlatBuffer
 
 SHAPES = ((12, 30), (7,), (40, 3, 2, 2), (1,), (12, 30))
 
 
-class Bucket:
-    """What a hook needs of `dist.GradBucket`: gradients are views of a buffer that has gaps."""
+class Bucket(GradBucket):
+    """A bucket whose gradients are views of a buffer that has gaps, as DDP's are."""
 
     def __init__(self, parameters, gradients, index=0, last=True):
-        self._parameters, self._index, self._last = parameters, index, last
-        self._flat = FlatBuffer.of([g._data for g in gradients])
-        self.set_buffer(make(self._flat.array))
-
-    def index(self):
-        return self._index
-
-    def buffer(self):
-        return self._buffer
-
-    def set_buffer(self, tensor):
-        self._buffer = tensor
-        places = zip(self._flat.offsets, self._flat.views, strict=True)
-        self._gradients = [
-            make(tensor._data[at : at + view.size].reshape(view.shape)) for at, view in places
-        ]
-
-    def gradients(self):
-        return self._gradients
-
-    def parameters(self):
-        return self._parameters
-
-    def is_last(self):
-        return self._last
+        self.flat = FlatBuffer.of([g._data for g in gradients])
+        views = [make(view) for view in self.flat.views]
+        super().__init__(index, make(self.flat.array), views, parameters, last)
 
 
 def make_parameters(dtype=torch.float32, shapes=SHAPES):
@@ -59,7 +38,7 @@ def call(state, hook, parameters, step=0, dtype=torch.float32, shapes=SHAPES):
     result = hook(state, bucket).wait()
     assert (result[0] if isinstance(result, list) else result) is bucket.buffer()
     used = np.zeros(bucket.buffer().numel(), bool)
-    for at, view in zip(bucket._flat.offsets, bucket._flat.views, strict=True):
+    for at, view in zip(bucket.flat.offsets, bucket.flat.views, strict=True):
         used[at : at + view.size] = True
     assert not bucket.buffer().numpy()[~used].any()  # gaps stay zero
     return [gradient.numpy().copy() for gradient in bucket.gradients()]

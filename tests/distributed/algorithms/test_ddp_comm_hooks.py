@@ -89,7 +89,7 @@ def test_payloads_in_closed_form():
     assert payload["noop"] == Payload()
     assert payload["per tensor"] == Payload(all_gather=n + 8)
     assert payload["per channel"] == Payload(all_gather=3 * (512 + 8))
-    assert payload["one bit"] == Payload(all_gather=151 + 5 * 8)
+    assert payload["one bit"] == Payload(all_gather=151 + 8 * (12 + 1 + 40 + 1 + 12))
     assert payload["top k"] == Payload(all_gather=8 * (18 + 1 + 24 + 1 + 18))
     rank_one = (12 + 30) + 7 + (40 + 12) + 1 + (12 + 30)
     assert payload["PowerSGD"] == Payload(all_reduce=4 * rank_one)
@@ -197,10 +197,10 @@ def test_quantization_shows_nan_and_keeps_zeros():
         quantization.quantization_perchannel_hook(None, None, 0)
 
 
-def test_one_bit_is_the_best_two_levels():
-    values = np.array([3.0, 1.0, -2.0, 5.0, 5.0, 0.0, -1.0], np.float32)
-    back = unpack(pack(values, [3, 1, 3]), [3, 1, 3])
-    assert back.tolist() == [2.0, 2.0, -2.0, 5.0, 2.5, 2.5, -1.0]
+def test_one_bit_is_the_best_two_levels_of_each_row():
+    values = np.array([3.0, 1.0, -2.0, 5.0, 4.0, 0.0, -1.0, -3.0, -2.0], np.float32)
+    back = unpack(pack(values, [(2, 3), (1, 3)]), [(2, 3), (1, 3)])
+    assert back.tolist() == [2.0, 2.0, -2.0, 3.0, 3.0, 3.0, -2.0, -2.0, -2.0]
 
 
 FEEDBACK = {

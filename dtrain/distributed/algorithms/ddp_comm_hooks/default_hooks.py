@@ -8,16 +8,19 @@ number of ranks and rounded once; torch divides first and rounds each sum.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from dtrain import dtypes
+from dtrain.autograd.node import make
 from dtrain.comm.reduce import ReduceOp
 from dtrain.comm.work import Future
+from dtrain.distributed.algorithms.ddp_comm_hooks.gathered import spread
 from dtrain.distributed.algorithms.ddp_comm_hooks.stages import Hook, Payload, sends
 from dtrain.distributed.collectives import all_reduce
+from dtrain.distributed.grad_bucket import GradBucket
+from dtrain.flat import FlatBuffer
 from dtrain.tensor import Tensor
 
 
@@ -82,31 +85,32 @@ def bf16_compress_wrapper(hook: Hook) -> Hook:
 
 
 def _wrapper(hook: Hook, dtype: dtypes.dtype) -> Hook:
+    def payload(state: Any, bucket: Any) -> Payload:
+        rounded = _rounded_bucket(bucket, dtype)
+        return hook.payload(state, rounded)  # type: ignore[attr-defined,no-any-return]
+
+    @sends(payload)
     @functools.wraps(hook)
     def rounded_hook(state: Any, bucket: Any) -> Future[Any]:
-        buffer = bucket.buffer()
-        bucket.set_buffer(_rounded(buffer, dtype))
+        reduced = hook(state, _rounded_bucket(bucket, dtype))
+        return reduced.then(lambda future: _widened(bucket, future.value()))
 
-        def widen(future: Future[Any]) -> Tensor:
-            value = future.value()
-            bucket.set_buffer(buffer)
-            return _copied(buffer, value[0] if isinstance(value, list) else value)
-
-        return hook(state, bucket).then(widen)
-
-    payload = getattr(hook, "payload", None)
-    return sends(_of_rounded(payload, dtype))(rounded_hook) if payload else rounded_hook
+    return rounded_hook
 
 
-def _of_rounded(payload: Callable[[Any, Any], Payload], dtype: dtypes.dtype) -> Any:
-    """What the hook sends of a bucket in `dtype`."""
+def _rounded_bucket(bucket: Any, dtype: dtypes.dtype) -> GradBucket:
+    """A copy of the bucket in `dtype`, its gradients without gaps."""
+    gradients = [gradient._data for gradient in bucket.gradients()]
+    flat = FlatBuffer([gradient.shape for gradient in gradients], dtype.numpy, align=1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for view, gradient in zip(flat.views, gradients, strict=True):
+            view[...] = gradient
+    views = [make(view) for view in flat.views]
+    return GradBucket(
+        bucket.index(), make(flat.array), views, bucket.parameters(), bucket.is_last()
+    )
 
-    def rounded(state: Any, bucket: Any) -> Payload:
-        buffer = bucket.buffer()
-        bucket.set_buffer(_rounded(buffer, dtype))
-        try:
-            return payload(state, bucket)
-        finally:
-            bucket.set_buffer(buffer)
 
-    return rounded
+def _widened(bucket: Any, result: Any) -> Tensor:
+    value = result[0] if isinstance(result, list) else result
+    return spread(bucket, value._data.reshape(-1))

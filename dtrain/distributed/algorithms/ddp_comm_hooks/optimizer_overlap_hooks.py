@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
+from dtrain.autograd import engine
 from dtrain.comm.work import Future
 from dtrain.distributed.algorithms.ddp_comm_hooks.ddp_zero_hook import put
 from dtrain.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, whole
@@ -56,9 +58,21 @@ def _hook_then_optimizer(hook: Hook, optimizer_state: _OptimizerHookState) -> Ho
 @sends(whole)
 @staged
 def apply_optim_in_backward_hook(state: Any, bucket: Any) -> Stages:
-    """The mean, then the optimizers that `_apply_optimizer_in_backward` gave the parameters."""
+    """The mean, then the optimizers that `_apply_optimizer_in_backward` gave the parameters.
+
+    `.grad` of these is None after the pass.
+    """
+    pairs = zip(bucket.parameters(), bucket.gradients(), strict=True)
+    due = [(parameter, gradient) for parameter, gradient in pairs if optimizers_of(parameter)]
+    if engine.is_running():  # it is not where DDP goes on for a rank without inputs (Join)
+        engine.queue_callback(partial(_forget_gradients, [parameter for parameter, _ in due]))
     yield allreduce_hook(state, bucket)
-    for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
+    for parameter, gradient in due:
         for optimizer in optimizers_of(parameter):
             step_with(optimizer, {parameter: gradient})
     return bucket.buffer()
+
+
+def _forget_gradients(parameters: list[Any]) -> None:
+    for parameter in parameters:
+        parameter._grad = None
