@@ -28,6 +28,8 @@ __all__ = ["FakeGroup"]
 class FakeGroup:
     """Rank `rank` of `size`, alone."""
 
+    runs_aside = True
+
     def __init__(self, rank: int, size: int, *, name: str = "default", timeout: float) -> None:
         if not 0 <= rank < size:
             raise ValueError(f"group {name!r}: rank {rank} is not in range({size})")

@@ -11,6 +11,7 @@ anything is sent and harm nobody.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import Counter, deque
@@ -329,6 +330,16 @@ class ProcessGroup:
             self._agreement.tell_leave(words_of(reason))
 
     # ---- the rest
+
+    @property
+    def runs_aside(self) -> bool:
+        """Whether a queued call can run beside what this rank computes meanwhile.
+
+        Messages do: ZeroMQ's threads and the network carry them. Through a window all is copied and
+        added by the ranks' own cores: it does when there are two for each rank.
+        """
+        shared = self.transport.window is not None
+        return not shared or len(os.sched_getaffinity(0)) >= 2 * self.size
 
     def empty(self, shape: int | Sequence[int], dtype: npt.DTypeLike) -> Array:
         """An uninitialised array that is cheap to use in this group's collectives.

@@ -38,6 +38,8 @@ class MpiGroup:
     `timeout` is the default deadline of a call, in seconds from its start.
     """
 
+    runs_aside = True
+
     def __init__(self, comm: Any = None, *, name: str = "default", timeout: float) -> None:
         self.comm = mpi().COMM_WORLD if comm is None else comm
         self.rank, self.size = int(self.comm.rank), int(self.comm.size)

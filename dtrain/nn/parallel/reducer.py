@@ -3,7 +3,9 @@
 Rules:
 1. Buckets are reduced in index order on every rank, whatever order gradients come in.
 2. A bucket is submitted as soon as it is full and all before it are; the group's thread reduces
-   it while backward goes on.
+   it while backward goes on. Where that would only take the core from backward
+   (`ProcessGroup.runs_aside`), the caller reduces all at the end: measured on 2 cores, an MLP's
+   step with a thread beside it waits milliseconds for the scheduler, for sums of half a one.
 3. At the end of the pass the rest is submitted, parameters without a gradient counting as absent,
    and all works are waited for in order. Nobody needs to say beforehand what is unused.
 4. After the first pass that reduces, buckets are made anew in the order in which rank 0 saw
@@ -77,6 +79,7 @@ class Reducer:
         self.went_around: Callable[[], str | None] = lambda: None  # see `checks.Watch`
         self._hook: tuple[CommHook, Any] | None = None
         self._sentinel = sentinel
+        self._aside = group.arrays.runs_aside
         self._running = False
         self._counted = False  # whether this pass's weight has been added
         self._next = 0  # the first bucket not yet submitted
@@ -161,7 +164,7 @@ class Reducer:
         if not self.rebuilt:
             self._order.append(index)
         bucket.add(place, parameter)
-        if not bucket.pending:
+        if not bucket.pending and (self._aside or self._hook is not None):
             self._submit_full()
 
     def _count_weight(self, weight: float) -> None:
@@ -206,7 +209,7 @@ class Reducer:
         op = ReduceOp.AVG if averages else ReduceOp.SUM
         future = None
         if self._hook is None:
-            work = self.group.issue(AllReduce(bucket.buffer.array, op), async_op=True)
+            work = self._reduce(bucket, op)
         else:
             hook, state = self._hook
             last = bucket.index == len(self.buckets) - 1
@@ -214,6 +217,13 @@ class Reducer:
             work = self.group.issue(AllReduce(bucket.tail, op), async_op=True)
         self._flights.append(Flight(bucket, work, future, kept))
         self._next += 1
+
+    def _reduce(self, bucket: Bucket, op: ReduceOp) -> Work:
+        try:
+            return self.group.issue(AllReduce(bucket.buffer.array, op), async_op=self._aside)
+        except DistError as error:
+            error.add_note(self._where(bucket))
+            raise
 
     def _finish(self) -> None:
         """The end of the pass: submit what is left, wait for all, in order."""
