@@ -11,7 +11,6 @@ anything is sent and harm nobody.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import Counter, deque
@@ -95,6 +94,7 @@ class ProcessGroup:
         self._factory = transport
         make = partial(create, transport) if isinstance(transport, str) else transport
         self.transport = make(store, rank, size, self.timeout)
+        self.runs_aside = self.transport.runs_aside
         self._recorder = Recorder.of(name, rank, size)
         self._agreement = Agreement(name, self.transport, self._recorder, env.stall_warning())
         self._children: Counter[str] = Counter()  # {members: how many groups of them were made}
@@ -330,16 +330,6 @@ class ProcessGroup:
             self._agreement.tell_leave(words_of(reason))
 
     # ---- the rest
-
-    @property
-    def runs_aside(self) -> bool:
-        """Whether a queued call can run beside what this rank computes meanwhile.
-
-        Messages do: ZeroMQ's threads and the network carry them. Through a window all is copied and
-        added by the ranks' own cores: it does when there are two for each rank.
-        """
-        shared = self.transport.window is not None
-        return not shared or len(os.sched_getaffinity(0)) >= 2 * self.size
 
     def empty(self, shape: int | Sequence[int], dtype: npt.DTypeLike) -> Array:
         """An uninitialised array that is cheap to use in this group's collectives.

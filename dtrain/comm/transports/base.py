@@ -265,6 +265,15 @@ class Transport(ABC):
             version = self.mailbox.version
             self.wait_until(lambda: False, 0.0)
 
+    @property
+    def runs_aside(self) -> bool:
+        """Whether a queued call can run beside what this rank computes meanwhile.
+
+        Messages do: ZeroMQ's threads and the network carry them. Through a window all is copied and
+        added by the ranks' own cores: it does when there are two for each rank.
+        """
+        return self.window is None or len(os.sched_getaffinity(0)) >= 2 * self.size
+
     def check_usable(self) -> None:
         """Raise in a forked child (`ForkedProcessError`) and after `close` (`PeerLost`)."""
         if self._forks != _forks:
