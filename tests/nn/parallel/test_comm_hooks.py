@@ -19,6 +19,7 @@ from dtrain.distributed.algorithms.ddp_comm_hooks import (
     quantization_hooks as quantization,
     top_k_hook,
 )
+from dtrain.distributed.algorithms.join import Join
 from dtrain.distributed.optim import ZeroRedundancyOptimizer, _apply_optimizer_in_backward
 from dtrain.nn.parallel import DistributedDataParallel as DDP
 from dtrain.testing.distributed import run_distributed
@@ -118,6 +119,29 @@ def in_backward():
 
 def test_optimizers_in_backward_wait_for_the_reduction():
     assert run_distributed(2, in_backward) == run_distributed(2, plainly)
+
+
+def uneven(shares_state):
+    """Rank r has 1 + 2 r batches; ranks that are through step with the gradients of the others."""
+    model = wrapped(make_model())
+    if shares_state:
+        optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.Adam, lr=0.05)
+        block = Join([model, optimizer])
+    else:
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+        block = model.join(step=optimizer.step)
+    with block:
+        for step in range(1 + 2 * dist.get_rank()):
+            optimizer.zero_grad()
+            loss_of(model, step).backward()
+            optimizer.step()
+    return values(model)
+
+
+def test_zero_with_uneven_inputs_has_the_bits_of_the_plain_optimizer():
+    expected = run_distributed(3, uneven, False)
+    assert expected[1:] == [expected[0]] * 2
+    assert run_distributed(3, uneven, True) == expected
 
 
 # --- the claims of the PowerSGD paper ------------------------------------------------------------
