@@ -214,6 +214,12 @@ class Reducer:
             hook, state = self._hook
             last = bucket.index == len(self.buckets) - 1
             future = hook(state, bucket.as_grad_bucket(self.parameters, last))
+            if not isinstance(future, Future):
+                raise TypeError(
+                    f"the communication hook {getattr(hook, '__name__', hook)} returned "
+                    f"{type(future).__name__} for bucket {bucket.index}, expected a Future of the "
+                    "reduced gradients (dist.Future; a Work's is get_future())"
+                )
             work = self.group.issue(AllReduce(bucket.tail, op), async_op=True)
         self._flights.append(Flight(bucket, work, future, kept))
         self._next += 1
@@ -254,12 +260,13 @@ class Reducer:
             raise
         if self._sentinel is not None:
             self._sentinel.compare(bucket)
-        if flight.future is None:
-            self._divide(bucket)
+        self._divide(bucket, 1 if flight.future is None else self.group.size())
 
-    def _divide(self, bucket: Bucket) -> None:
+    def _divide(self, bucket: Bucket, already: int) -> None:
+        """Divide by weights or active ranks; a hook's mean is divided `already`, by all ranks."""
         by = self.divide_by if self._weighing is None else float(self._weight[0])
         if by:
+            by = by / already
             gradients = bucket.gradients
             np.divide(gradients, gradients.dtype.type(by), out=gradients)
 

@@ -88,6 +88,34 @@ def test_ranks_stay_equal(name):
     assert first != run_distributed(3, plainly)[0]
 
 
+def weighted(hook):
+    """Three samples on rank 0, one on rank 1: the mean of all four is 4."""
+    model = DDP(nn.Linear(1, 1, bias=False))
+    if hook is not None:
+        model.register_comm_hook(None, hook)
+    x = torch.tensor([[1.0, 2.0, 3.0], [10.0]][dist.get_rank()]).reshape(-1, 1)
+    model.set_loss_weight(len(x))
+    model(x).mean().backward()
+    return model.module.weight.grad.item()
+
+
+def test_weights_of_losses_divide_what_a_hook_has_averaged():
+    for hook in (None, default.allreduce_hook, default.fp16_compress_hook):
+        assert run_distributed(2, weighted, hook) == [4.0, 4.0]
+
+
+def returning(value):
+    model = DDP(nn.Linear(1, 1))
+    model.register_comm_hook(None, lambda state, bucket: value)
+    model(torch.ones(1, 1)).sum().backward()
+
+
+@pytest.mark.parametrize("value", [None, 3, torch.ones(2)])
+def test_a_hook_that_returns_no_future_is_an_error(value):
+    with pytest.raises(TypeError, match=f"returned {type(value).__name__} for bucket 0"):
+        run_distributed(2, returning, value)
+
+
 def with_zero(wrap):
     model = wrapped(make_model())
     zero = ZeroRedundancyOptimizer(

@@ -11,7 +11,7 @@ torch.distributed.algorithms.ddp_comm_hooks; `one_bit_hook` and `top_k_hook` are
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import Enum, member
 from functools import partial
 from typing import Any
 
@@ -52,24 +52,36 @@ def _register_powerSGD(
 class DDPCommHookType(Enum):
     """The hooks that `register_ddp_comm_hook` knows by name; each value registers its hook."""
 
-    ALLREDUCE = partial(_register, comm_hook=default.allreduce_hook)
-    FP16_COMPRESS = partial(_register, comm_hook=default.fp16_compress_hook)
-    BF16_COMPRESS = partial(_register, comm_hook=default.bf16_compress_hook)
-    QUANTIZE_PER_TENSOR = partial(_register, comm_hook=quantization.quantization_pertensor_hook)
-    QUANTIZE_PER_CHANNEL = partial(_register, comm_hook=quantization.quantization_perchannel_hook)
-    POWER_SGD = partial(
-        _register_powerSGD, comm_hook=powerSGD.powerSGD_hook, matrix_approximation_rank=1
+    ALLREDUCE = member(partial(_register, comm_hook=default.allreduce_hook))
+    FP16_COMPRESS = member(partial(_register, comm_hook=default.fp16_compress_hook))
+    BF16_COMPRESS = member(partial(_register, comm_hook=default.bf16_compress_hook))
+    QUANTIZE_PER_TENSOR = member(
+        partial(_register, comm_hook=quantization.quantization_pertensor_hook)
     )
-    POWER_SGD_RANK2 = partial(
-        _register_powerSGD, comm_hook=powerSGD.powerSGD_hook, matrix_approximation_rank=2
+    QUANTIZE_PER_CHANNEL = member(
+        partial(_register, comm_hook=quantization.quantization_perchannel_hook)
     )
-    BATCHED_POWER_SGD = partial(
-        _register_powerSGD, comm_hook=powerSGD.batched_powerSGD_hook, matrix_approximation_rank=1
+    POWER_SGD = member(
+        partial(_register_powerSGD, comm_hook=powerSGD.powerSGD_hook, matrix_approximation_rank=1)
     )
-    BATCHED_POWER_SGD_RANK2 = partial(
-        _register_powerSGD, comm_hook=powerSGD.batched_powerSGD_hook, matrix_approximation_rank=2
+    POWER_SGD_RANK2 = member(
+        partial(_register_powerSGD, comm_hook=powerSGD.powerSGD_hook, matrix_approximation_rank=2)
     )
-    NOOP = partial(_register, comm_hook=debugging.noop_hook)
+    BATCHED_POWER_SGD = member(
+        partial(
+            _register_powerSGD,
+            comm_hook=powerSGD.batched_powerSGD_hook,
+            matrix_approximation_rank=1,
+        )
+    )
+    BATCHED_POWER_SGD_RANK2 = member(
+        partial(
+            _register_powerSGD,
+            comm_hook=powerSGD.batched_powerSGD_hook,
+            matrix_approximation_rank=2,
+        )
+    )
+    NOOP = member(partial(_register, comm_hook=debugging.noop_hook))
 
 
 def register_ddp_comm_hook(comm_hook_type: DDPCommHookType, model: Any, state: Any = None) -> None:
