@@ -18,6 +18,7 @@ import numpy.typing as npt
 from dtrain.comm.collectives import AllGather, Collective
 from dtrain.comm.point_to_point import Recv, Send
 from dtrain.comm.record import CallRecord, GroupStatistics, Recorder, call_site
+from dtrain.comm.topology import members_of
 from dtrain.comm.transports.mailbox import Array
 from dtrain.comm.work import Work
 from dtrain.errors import GroupAborted
@@ -87,9 +88,7 @@ class FakeGroup:
         transport: object = None,
     ) -> FakeGroup:
         """A new group of some ranks, in the order given."""
-        members = list(ranks)
-        if self.rank not in members or len(set(members)) != len(members):
-            raise ValueError(f"split: expected distinct ranks with {self.rank} in {members}")
+        members = members_of(ranks, self.rank, self.size)
         return FakeGroup(
             members.index(self.rank),
             len(members),

@@ -38,6 +38,7 @@ from dtrain.comm.record import (
 )
 from dtrain.comm.store.base import Store
 from dtrain.comm.store.prefix import PrefixStore
+from dtrain.comm.topology import members_of
 from dtrain.comm.transports.base import Factory, create
 from dtrain.comm.transports.mailbox import Array
 from dtrain.comm.work import Work
@@ -357,13 +358,7 @@ class ProcessGroup:
         group with one list is the n-th for all of them. Blocks until all members have come (at most
         `timeout` seconds).
         """
-        members = list(ranks)
-        if len(set(members)) != len(members) or not set(members) <= set(range(self.size)):
-            raise ValueError(f"split: {members} are not distinct ranks of range({self.size})")
-        if self.rank not in members:
-            raise ValueError(
-                f"split: rank {self.rank} is not one of {members}; only members call it"
-            )
+        members = members_of(ranks, self.rank, self.size)
         key = ",".join(map(str, members))
         self._children[key] += 1
         return ProcessGroup(

@@ -22,6 +22,7 @@ from dtrain.comm.collectives import Collective
 from dtrain.comm.mpi_calls import mpi, start
 from dtrain.comm.point_to_point import Recv, Send
 from dtrain.comm.record import CallRecord, GroupStatistics, Recorder, call_site
+from dtrain.comm.topology import members_of
 from dtrain.comm.transports.mailbox import Array
 from dtrain.comm.work import Work
 from dtrain.errors import CollectiveTimeout, DistBackendError, GroupAborted
@@ -121,9 +122,7 @@ class MpiGroup:
         Blocks until all of them have come; MPI knows no deadline for that. ValueError for another
         `transport`.
         """
-        members = list(ranks)
-        if self.rank not in members or len(set(members)) != len(members):
-            raise ValueError(f"split: expected distinct ranks with {self.rank} in {members}")
+        members = members_of(ranks, self.rank, self.size)
         if transport is not None:
             raise ValueError(f"a group of an MPI job is an MPI group, not {transport!r}")
         self._check_open("split")

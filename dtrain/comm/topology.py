@@ -1,8 +1,8 @@
-"""Where ranks are: which of them share a host.
+"""Where ranks are: which of them share a host, which of them make a sub-group.
 
 Owns: the identity of a host as ranks tell it to each other when they meet, and `Placement`, what
 follows from it. It is what they say and not what environment variables say, so it holds for any
-sub-group, and all ranks conclude the same.
+sub-group, and all ranks conclude the same. `members_of`: who a sub-group has.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["Placement", "host_id"]
+__all__ = ["Placement", "host_id", "members_of"]
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -24,6 +24,16 @@ def host_id() -> str:
     """
     boot = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else "?"
     return f"{socket.gethostname()}/{boot}"
+
+
+def members_of(ranks: Sequence[int], rank: int, size: int) -> list[int]:
+    """The ranks of a sub-group that `rank` of `size` asks for; ValueError if there is none such."""
+    members = list(ranks)
+    if len(set(members)) != len(members) or not set(members) <= set(range(size)):
+        raise ValueError(f"split: {members} are not distinct ranks of range({size})")
+    if rank not in members:
+        raise ValueError(f"split: rank {rank} is not one of {members}; only members call it")
+    return members
 
 
 class Placement:

@@ -7,10 +7,9 @@ import time
 import numpy as np
 import pytest
 
-from dtrain.comm import security
 from dtrain.comm.collectives import Barrier
 from dtrain.comm.store import tcp
-from dtrain.comm.store.tcp import StoreServer, TcpStore
+from dtrain.comm.store.tcp import TcpStore
 from dtrain.comm.transports.zmq import DATA, INLINE, MORE, NEWS
 from dtrain.errors import (
     DistStoreError,
@@ -18,7 +17,7 @@ from dtrain.errors import (
 )
 from dtrain.testing.world import run_ranks
 from dtrain.wire import Header, dumps, pack, unpack
-from tests.comm.sockets import a_socket
+from tests.comm.sockets import at_a_store, join
 
 MEMBERS = {
     "more than announced": [(Header(DATA, nbytes=4), b"", b"12345")],
@@ -73,13 +72,8 @@ def test_a_member_that_sends_rubbish_is_lost_to_who_hears_it(what, backend, capl
     ],
 )
 def test_the_store_says_what_is_wrong_with_a_request_and_goes_on(request_):
-    pair = security.store_keys()
-    with (
-        StoreServer() as server,
-        TcpStore("127.0.0.1", server.port, timeout=10) as client,
-        a_socket() as (_, member),
-    ):
-        security.connect(member, server.address, pair.client, pair.server.public)
+    with at_a_store() as (server, client, member):
+        join(member, server)
         member.send(pack(Header(0, tag=3), dumps(request_)))
         assert member.poll(5000)
         kind, *_ = unpack(member.recv())[0]
@@ -89,13 +83,8 @@ def test_the_store_says_what_is_wrong_with_a_request_and_goes_on(request_):
 
 
 def test_a_wait_for_ever_is_a_long_one():
-    pair = security.store_keys()
-    with (
-        StoreServer() as server,
-        TcpStore("127.0.0.1", server.port, timeout=10) as client,
-        a_socket() as (_, member),
-    ):
-        security.connect(member, server.address, pair.client, pair.server.public)
+    with at_a_store() as (server, client, member):
+        join(member, server)
         member.send(pack(Header(0, tag=3), dumps(["get", ["k"], float("inf")])))
         assert not member.poll(50)
         client.set("k", "v")

@@ -23,7 +23,7 @@ from dtrain.errors import (
     TransportTimeout,
 )
 from dtrain.testing.world import run_ranks, run_world
-from tests.comm.sockets import a_socket
+from tests.comm.sockets import a_socket, at_a_store, join
 
 # ---- listening
 
@@ -136,14 +136,9 @@ def test_something_else_at_the_stores_port_is_told_and_not_waited_for():
 
 
 def test_a_client_that_says_nothing_does_not_stop_the_store():
-    pair = security.store_keys()
-    with (
-        StoreServer() as server,
-        TcpStore("127.0.0.1", server.port, timeout=10) as client,
-        a_socket() as (_, silent),
-    ):
+    with at_a_store() as (server, client, silent):
         monitor = silent.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
-        security.connect(silent, server.address, pair.client, pair.server.public)
+        join(silent, server)
         assert monitor.poll(5000)
         client.set("k", "v")
         silent.disable_monitor()

@@ -10,6 +10,7 @@ import dtrain.distributed as dist
 from dtrain.nn.parallel import DistributedDataParallel as DDP
 from dtrain.nn.parallel.buckets import DEFAULT_CAPS, FIRST_CAP, MIB, assign
 from dtrain.testing.distributed import run_distributed
+from tests.nn.parallel.training import descend
 
 nn, F = torch.nn, torch.nn.functional
 
@@ -39,18 +40,9 @@ def train(steps, cap, dtype):
     """Losses (mean over ranks) and final parameters of a few SGD steps on the same whole batch."""
     torch.manual_seed(3)
     model = DDP(MLP(dtype=dtype), bucket_cap_mb=cap)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     rank, n = dist.get_rank(), dist.get_world_size()
-    losses = []
-    for _ in range(steps):
-        x = batch(dtype)
-        loss = (model(x[rank * 12 // n : (rank + 1) * 12 // n]) ** 2).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        total = loss.detach().clone()
-        dist.all_reduce(total, dist.ReduceOp.AVG)
-        losses.append(total.item())
+    share = batch(dtype)[rank * 12 // n : (rank + 1) * 12 // n]
+    losses = descend(model, lambda: (model(share) ** 2).mean(), steps)
     return losses, [p.detach().numpy().copy() for p in model.parameters()]
 
 

@@ -12,6 +12,7 @@ import dtrain.distributed as dist
 from dtrain import ranks
 from dtrain.nn.parallel import DistributedDataParallel as DDP
 from dtrain.testing.distributed import run_distributed
+from tests.nn.parallel.training import descend
 
 nn, F = torch.nn, torch.nn.functional
 
@@ -97,19 +98,10 @@ def train(sync):
     if sync:
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     model = DDP(net)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     x = torch.randn(12, 1, 6, 6, generator=torch.Generator().manual_seed(1))
     labels = torch.arange(12) % 6
     rank, n = dist.get_rank(), dist.get_world_size()
-    losses = []
-    for _ in range(4):
-        loss = F.cross_entropy(model(x[rank::n]), labels[rank::n])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        total = loss.detach().clone()
-        dist.all_reduce(total, dist.ReduceOp.AVG)
-        losses.append(total.item())
+    losses = descend(model, lambda: F.cross_entropy(model(x[rank::n]), labels[rank::n]), 4)
     return losses, [v.numpy().astype(float) for v in model.state_dict().values()]
 
 
