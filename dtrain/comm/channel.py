@@ -153,7 +153,8 @@ class Channel:
 
     def flush(self) -> None:
         """Wait until everything sent may be changed."""
-        self._endure(self._transport.flush)
+        if self._greeted:
+            self._endure(self._transport.flush)
 
     def _endure(self, attempt: Callable[[float], object]) -> None:
         """Wait to the deadline, with a look around from time to time."""
