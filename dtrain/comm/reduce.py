@@ -169,7 +169,17 @@ def _combine(op: ReduceOp, contributions: Sequence[Array], out: Array) -> None:
     if total is not out:
         np.copyto(out, total)
     if op.name == "AVG":
-        np.divide(out, out.dtype.type(len(contributions)), out=out)
+        _divide(out, len(contributions))
+
+
+def _divide(total: Array, size: int) -> None:
+    """`total / size`, in place. A real number by a power of two: a product gives the same bits,
+    four times as fast.
+    """
+    if size & (size - 1) or total.dtype.kind != "f":
+        np.divide(total, total.dtype.type(size), out=total)
+    else:
+        np.multiply(total, total.dtype.type(1 / size), out=total)
 
 
 def widened(dtype: np.dtype[Any]) -> np.dtype[Any]:
@@ -203,5 +213,5 @@ def finish(op: ReduceOp, total: Array, size: int, dtype: np.dtype[Any]) -> Array
 
 def _finish(op: ReduceOp, total: Array, size: int, dtype: np.dtype[Any]) -> Array:
     if op.name == "AVG":
-        np.divide(total, total.dtype.type(size), out=total)
+        _divide(total, size)
     return total.astype(dtype, copy=False)
