@@ -61,6 +61,30 @@ def test_the_heap_never_hands_out_a_byte_twice(steps):
     assert heap.take(1) is None
 
 
+# ---- cores
+
+
+def _meet_often(group, times):
+    for _ in range(times):
+        group.submit(c.Barrier())
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="not run: needs two cores")
+def test_a_rank_leaves_the_core_of_another_and_keeps_its_affinity(monkeypatch):
+    """All are told that they are on one core: rank 1 asks for another, ever less often."""
+    allowed = os.sched_getaffinity(0)
+    first, asked = min(allowed), []
+    monkeypatch.setattr(futex, "core", lambda: first)
+    monkeypatch.setattr(
+        os, "sched_setaffinity", lambda pid, cores: asked.append((pid, frozenset(cores)))
+    )
+    run_world(2, _meet_often, 500, transport="shm")
+    moves, restored = asked[::2], asked[1::2]
+    assert 1 <= len(moves) <= 3  # after 64, 192 and 448 phases
+    assert all(pid == 0 and len(cores) == 1 and first not in cores for pid, cores in moves)
+    assert restored == [(0, frozenset(allowed))] * len(moves)
+
+
 # ---- arrays that live there
 
 

@@ -1,9 +1,9 @@
 """The system calls by which ranks of one host share memory and wait for each other in it.
 
-Owns: `give_way` (sched_yield), `sleep` and `wake` (futex), `map_shared` and `unmap`, through
-ctypes, which releases the GIL around each of them. Words are 32 bits in memory that processes
-share. Linux only: `AVAILABLE` says whether this machine is one where `transports.window` may be
-used.
+Owns: `give_way` (sched_yield), `core` (sched_getcpu), `sleep` and `wake` (futex), `map_shared` and
+`unmap`, through ctypes, which releases the GIL around each of them. Words are 32 bits in memory
+that processes share. Linux only: `AVAILABLE` says whether this machine is one where
+`transports.window` may be used.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import platform
 import sys
 
-__all__ = ["AVAILABLE", "give_way", "map_shared", "sleep", "unmap", "wake"]
+__all__ = ["AVAILABLE", "core", "give_way", "map_shared", "sleep", "unmap", "wake"]
 
 # Stores must be seen in the order in which they were made (total store order): a rank writes its
 # data and then its counter, in plain Python without a fence.
@@ -27,6 +27,7 @@ _EVERYBODY = 2**31 - 1
 _libc = ctypes.CDLL(None, use_errno=True)
 _syscall = _libc.syscall
 give_way = _libc.sched_yield
+core = _libc.sched_getcpu
 
 
 class _Timespec(ctypes.Structure):

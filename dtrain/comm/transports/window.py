@@ -20,6 +20,7 @@ import errno
 import math
 import os
 import select
+import sys
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -49,12 +50,16 @@ _STAGING = _PAGE
 _HEAP = _STAGING + 2 * HALF
 
 # The control page in words of 8 bytes; what different ranks write lies in different cache lines.
-_PHASE, _ASLEEP, _LEFT = 0, 8, 48
+_PHASE, _ASLEEP, _LEFT, _CORE = 0, 8, 48, 56
 _HEADERS = (16, 32)  # each: fingerprint, sequence number, place of the array
 
 # Spins before a rank sleeps in the kernel, each a sched_yield of 0.4 us. With more ranks than cores
 # the time belongs to those who are waited for.
 _SPINS, _SPINS_CROWDED = 200, 4
+
+
+# Phases between two looks at which rank is on which core, at first.
+_CORE_LOOK = 64
 
 
 class Segment:
@@ -108,6 +113,9 @@ class Window:
         self._heap = Heap(_HEAP, len(self._own_map))
         cores = len(os.sched_getaffinity(0))
         self._spins = _SPINS if self.size <= cores else _SPINS_CROWDED
+        self._look_at, self._patience = _CORE_LOOK, _CORE_LOOK
+        if self.size > cores:
+            self._look_at = sys.maxsize
         self._watched: dict[int, int] = {}  # {descriptor that tells of a process's end: rank}
         self._ends = select.poll()
         try:
@@ -130,11 +138,33 @@ class Window:
         # could miss each other: that costs the sleeper one timeout.
         if own[_ASLEEP] == phase:
             futex.wake(self._addresses[self.rank])
+        if phase >= self._look_at:
+            self._spread_out()
         for _ in range(self._spins):
             if self.lagging() is None:
                 return True
             futex.give_way()
         return self.lagging() is None
+
+    def _spread_out(self) -> None:
+        """Move to a core of its own if this rank shares one with a rank before it.
+
+        Ranks that wake each other are kept on one core by the scheduler, for seconds, while others
+        are idle: a small sum then takes 80 us instead of 20. The affinity stays what it was. A rank
+        that is brought back is in the way of something else: it asks ever less often.
+        """
+        self._own[_CORE] = here = futex.core()
+        self._look_at = self.phase + self._patience
+        taken = [control[_CORE] for _, control in self._others]
+        if here not in taken[: self.rank]:
+            return
+        allowed = os.sched_getaffinity(0)
+        free = allowed.difference(taken, [here])
+        if free:
+            os.sched_setaffinity(0, {min(free)})
+            os.sched_setaffinity(0, allowed)
+            self._own[_CORE] = min(free)
+            self._patience *= 2
 
     def lagging(self) -> int | None:
         """The first rank that has not announced this phase."""
