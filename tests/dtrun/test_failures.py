@@ -28,8 +28,9 @@ def test_the_exit_code_of_the_first_failure_is_passed_on(dtrun, how, code):
     script = dtrun.script(f"if rank == 1:\n    open('failed', 'w').close()\n    {how}\n{FOREVER}")
     run = dtrun.run("--nproc-per-node", "2", script)
     assert run.returncode == code
-    # From the failure on: how long interpreters take to start is not what is promised.
-    assert time.time() - (dtrun.folder / "failed").stat().st_mtime < 3.0
+    # From the failure on, 0.5 s on an idle machine: the 100 s of the other rank are not waited for.
+    # The grace that it gets is stated, and held to 2 s, in test_supervisor.
+    assert time.time() - (dtrun.folder / "failed").stat().st_mtime < 10.0
     assert "train.py FAILED" in run.stderr
     assert "rank      : 1 (local_rank: 1)" in run.stderr
     assert "rank 0 (local_rank: 0" in run.stderr
