@@ -58,8 +58,8 @@ _HEADERS = (16, 32)  # each: fingerprint, sequence number, place of the array
 _SPINS, _SPINS_CROWDED = 200, 4
 
 
-# Phases between two looks at which rank is on which core, at first.
-_CORE_LOOK = 64
+# Phases between two looks at which rank is on which core: the fewest and the most.
+_CORE_LOOK, _CORE_REST = 64, 512
 
 
 class Segment:
@@ -151,12 +151,13 @@ class Window:
 
         Ranks that wake each other are kept on one core by the scheduler, for seconds, while others
         are idle: a small sum then takes 80 us instead of 20. The affinity stays what it was. A rank
-        that is brought back is in the way of something else: it asks ever less often.
+        that is brought back is in the way of something else: it asks less often.
         """
         self._own[_CORE] = here = futex.core()
         self._look_at = self.phase + self._patience
         taken = [control[_CORE] for _, control in self._others]
         if here not in taken[: self.rank]:
+            self._patience = _CORE_LOOK
             return
         allowed = os.sched_getaffinity(0)
         free = allowed.difference(taken, [here])
@@ -164,7 +165,7 @@ class Window:
             os.sched_setaffinity(0, {min(free)})
             os.sched_setaffinity(0, allowed)
             self._own[_CORE] = min(free)
-            self._patience *= 2
+            self._patience = min(2 * self._patience, _CORE_REST)
 
     def lagging(self) -> int | None:
         """The first rank that has not announced this phase."""
