@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from operator import attrgetter
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,17 @@ from dtrain.autograd.op import ALIAS
 from dtrain.autograd.value import Value
 
 _by_seq = attrgetter("seq")
-_callbacks: ContextVar[list[Callable[[], None]] | None] = ContextVar("callbacks", default=None)
+
+
+class Callbacks(list[Callable[[], None]]):
+    """What runs at the end of a pass that began at `started`, on the monotonic clock."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started = monotonic()
+
+
+_callbacks: ContextVar[Callbacks | None] = ContextVar("callbacks", default=None)
 
 
 def queue_callback(function: Callable[[], None]) -> None:
@@ -39,6 +50,13 @@ def queue_callback(function: Callable[[], None]) -> None:
 def is_running() -> bool:
     """Whether a backward pass is running in this thread."""
     return _callbacks.get() is not None
+
+
+def started_at() -> float:
+    """When the backward pass that is running in this thread began, on the monotonic clock."""
+    queue = _callbacks.get()
+    assert queue is not None
+    return queue.started
 
 
 def reachable(roots: Sequence[Any]) -> tuple[list[Node], dict[Any, int]]:
@@ -295,7 +313,7 @@ def differentiate_composite(node: Node, grad: Any) -> tuple[Any, ...]:
 def execute(work: Pass, roots: Sequence[Any], grads: Sequence[Any]) -> None:
     """Run a pass with its callbacks and the grad mode it needs."""
     outer = _callbacks.get()
-    queue: list[Callable[[], None]] = []
+    queue = Callbacks()
     mode = grad_enabled.set(work.create_graph)
     token = _callbacks.set(queue)
     try:

@@ -52,7 +52,8 @@ class CallRecord:
     """One call of this rank: what it was, where it was made, whether it has finished.
 
     `patient`: others may be away for long, in good order. `place`: where it stands in the flight
-    record, once it does; `begun`: when it started, on the monotonic clock.
+    record, once it does; `begun`, `ended`: on the monotonic clock; `waits`: {rank: seconds waited
+    for it}, None if for nobody. The last two are there once it is done.
     """
 
     group: str
@@ -64,6 +65,8 @@ class CallRecord:
     done: bool = False
     place: int | None = None
     begun: float = 0.0
+    ended: float = 0.0
+    waits: Mapping[int, float] | None = None
 
     def __str__(self) -> str:
         number = "" if self.seq == POINT_TO_POINT else f"#{self.seq} "
@@ -154,7 +157,7 @@ class Recorder:
         waits: Mapping[int, float] | None,
     ) -> None:
         """A call went well. `waits`: {rank: seconds for which this one waited for it}."""
-        record.done = True
+        record.done, record.ended, record.waits = True, ended, waits
         waited = 0.0 if waits is None else self._charge(waits)
         assert record.place is not None
         self.section.end(record.place, flight.DONE, ended, waited)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -40,11 +41,12 @@ from dtrain.nn.parallel.mixed_precision import (
     map_tensors,
 )
 from dtrain.nn.parallel.reducer import CommHook, Reducer
+from dtrain.nn.parallel.reports import ReportingModel
 
 _COMPRESS = {float16: fp16_compress_hook, bfloat16: bf16_compress_hook}
 
 
-class DistributedDataParallel(Module, JoiningModel):
+class DistributedDataParallel(Module, JoiningModel, ReportingModel):
     """Wrap `module` so that backward leaves the mean of all ranks' gradients on every rank.
 
     Construction, forward and backward must happen on all ranks, in the same order. Construction
@@ -147,6 +149,7 @@ class DistributedDataParallel(Module, JoiningModel):
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """The module's forward, after the buffers have been copied from rank 0."""
+        began = monotonic()
         self._inventory.check(self.process_group.rank())
         sync = self.require_backward_grad_sync
         copies = self.broadcast_buffers and self.training and sync
@@ -158,6 +161,7 @@ class DistributedDataParallel(Module, JoiningModel):
         outputs = self._run(inputs, kwargs)
         if self.reducer.loss_weight is not None:
             outputs = map_tensors(self._weigh, outputs)
+        self.reducer.meter.forward(began)
         return outputs
 
     def _copy_parameters(self, source: int = 0) -> None:

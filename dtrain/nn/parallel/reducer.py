@@ -29,6 +29,7 @@ from dtrain.distributed.world import ProcessGroup
 from dtrain.errors import DistError
 from dtrain.nn.parallel.buckets import DEFAULT_CAPS, Bucket, assign
 from dtrain.nn.parallel.divergence import Sentinel
+from dtrain.nn.parallel.meter import Meter
 
 CommHook = Callable[[Any, Any], Future[Any]]
 
@@ -77,6 +78,7 @@ class Reducer:
         self._weighing: Work | None = None
         self.rebuilt = False
         self.went_around: Callable[[], str | None] = lambda: None  # see `checks.Watch`
+        self.meter = Meter(self.names)
         self._hook: tuple[CommHook, Any] | None = None
         self._sentinel = sentinel
         self._aside = group.arrays.runs_aside
@@ -88,6 +90,8 @@ class Reducer:
         self.place: list[tuple[Bucket, int]] = []  # of each parameter
         self._delayed = [i for i, p in enumerate(self.parameters) if id(p) in delayed]
         self._make(self._assigned(reversed(range(len(self.parameters)))))
+        # Of the buckets before they are rebuilt, in bytes.
+        self.first_sizes = [bucket.gradients.nbytes for bucket in self.buckets]
         me = weakref.ref(self)
         hooks = [p.register_post_accumulate_grad_hook(partial(_tell, me, index))
                  for index, p in enumerate(self.parameters)]  # fmt: skip
@@ -136,6 +140,23 @@ class Reducer:
             )
         self._hook = hook, state
 
+    @property
+    def hook_name(self) -> str | None:
+        """The name of the communication hook, None when there is none."""
+        return (
+            None if self._hook is None else getattr(self._hook[0], "__name__", str(self._hook[0]))
+        )
+
+    @property
+    def runs_aside(self) -> bool:
+        """Whether buckets are reduced beside backward."""
+        return self._aside or self._hook is not None
+
+    @property
+    def order(self) -> list[int]:
+        """Parameters in the order in which their gradients came in the first pass here."""
+        return list(self._order)
+
     # ---- a pass
 
     def prepare(self, sync: bool) -> None:
@@ -164,8 +185,10 @@ class Reducer:
         if not self.rebuilt:
             self._order.append(index)
         bucket.add(place, parameter)
-        if not bucket.pending and (self._aside or self._hook is not None):
-            self._submit_full()
+        if not bucket.pending:
+            self.meter.filled(bucket.index)
+            if self.runs_aside:
+                self._submit_full()
 
     def _count_weight(self, weight: float) -> None:
         """Once a pass: how much its loss stands for."""
@@ -189,6 +212,7 @@ class Reducer:
         self._running, self._next, self._flights = True, 0, []
         if not self.rebuilt:
             self._order = []
+        self.meter.start(engine.started_at(), len(self.buckets))
         for bucket in self.buckets:
             bucket.start()
         if self._sentinel is not None:
@@ -207,6 +231,7 @@ class Reducer:
     def _submit(self, bucket: Bucket, kept: dict[int, np.ndarray | None]) -> None:
         averages = self.divide_by is None and self.loss_weight is None
         op = ReduceOp.AVG if averages else ReduceOp.SUM
+        self.meter.submitted(bucket.index)
         future = None
         if self._hook is None:
             work = self._reduce(bucket, op)
@@ -233,6 +258,7 @@ class Reducer:
 
     def _finish(self) -> None:
         """The end of the pass: submit what is left, wait for all, in order."""
+        self.meter.computed()
         for bucket in self.buckets[self._next :]:
             self._submit(bucket, bucket.fill_unused(self.parameters))
         self._running = False
@@ -244,6 +270,7 @@ class Reducer:
             self._weighing.wait()
         for flight in flights:
             self._land(flight)
+        self.meter.end(flights)
         for flight in flights:
             flight.bucket.finish(self.parameters, flight.kept)
         self._weighing, self._weight[...] = None, 0.0
@@ -261,6 +288,7 @@ class Reducer:
         if self._sentinel is not None:
             self._sentinel.compare(bucket)
         self._divide(bucket, 1 if flight.future is None else self.group.size())
+        self.meter.landed(bucket.index)
 
     def _divide(self, bucket: Bucket, already: int) -> None:
         """Divide by weights or active ranks; a hook's mean is divided `already`, by all ranks."""
@@ -293,6 +321,7 @@ class Reducer:
         after it they are those of the others.
         """
         self._next, self._flights = 0, []
+        self.meter.start_shadow(len(self.buckets))
         self._weight[...] = 0.0
         self.loss_weight = 0.0 if weighs else None
         if self._sentinel is not None:
