@@ -116,6 +116,7 @@ def rank_of(group):
 
 def late(store, rank, size, transport, seconds):
     """The last rank computes for longer than a heartbeat may fail, while others send it 256 MiB."""
+    store.check([])  # connects the store before: its own signs of life are not what is tried here
     sockets.HEARTBEAT = sockets.Heartbeat(every_ms=100, dead_ms=500)
     with ProcessGroup(store, rank, size, transport=transport, timeout=40) as group:
         exact = add(group, 1)
