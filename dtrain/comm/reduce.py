@@ -35,6 +35,7 @@ __all__ = [
     "combine",
     "finish",
     "fold",
+    "rounded",
     "widened",
 ]
 
@@ -150,7 +151,21 @@ _quiet.run(np.seterr, all="ignore")
 def _combine_wide(op: ReduceOp, contributions: Sequence[Array], out: Array) -> None:
     total = np.empty(out.shape, _FLOAT32)
     _combine(op, [np.asarray(c, _FLOAT32) for c in contributions], total)
-    np.copyto(out, total, casting="same_kind")
+    out[...] = rounded(total, out.dtype)
+
+
+def rounded(values: Array, dtype: np.dtype[Any]) -> Array:
+    """`values.astype(dtype)` with the same bits, without NumPy's slow way to small float16.
+
+    Below 2**-14 float16 has steps of 2**-24, as float32 has around 0.75: adding that rounds. 1 M
+    gradients of about 1e-6: 7 ms instead of 100 ms. Overflow warns as in `astype`.
+    """
+    if dtype != _FLOAT16 or values.dtype != _FLOAT32:
+        return values.astype(dtype, copy=False)
+    near = np.add(values, _FLOAT32.type(0.75))
+    np.subtract(near, _FLOAT32.type(0.75), out=near)
+    np.copyto(near, values, where=np.abs(values) >= _FLOAT32.type(2.0**-14))
+    return np.copysign(near, values, out=near).astype(dtype)  # -0.0 stays one
 
 
 def _combine(op: ReduceOp, contributions: Sequence[Array], out: Array) -> None:
@@ -214,4 +229,4 @@ def finish(op: ReduceOp, total: Array, size: int, dtype: np.dtype[Any]) -> Array
 def _finish(op: ReduceOp, total: Array, size: int, dtype: np.dtype[Any]) -> Array:
     if op.name == "AVG":
         _divide(total, size)
-    return total.astype(dtype, copy=False)
+    return rounded(total, dtype)

@@ -138,3 +138,18 @@ def test_operators_are_values():
     for wrong in (("SUM", 2.0), ("PREMUL_SUM", None)):
         with pytest.raises(ValueError, match="a factor belongs to PREMUL_SUM"):
             ReduceOp(*wrong)
+
+
+def test_rounding_to_float16_has_the_bits_of_numpys():
+    """Every float16, the middle of each two neighbours, and their neighbours in float32."""
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    halves = np.sort(halves[np.isfinite(halves)]).astype(np.float32)
+    middles = (halves[1:] + halves[:-1]) / 2
+    exact = np.concatenate([halves, middles, np.float32([65519, 65520, 1e30, np.inf, -np.inf, 0])])
+    around = [np.nextafter(exact, np.float32(to)) for to in (-np.inf, np.inf)]
+    values = np.concatenate([exact, -exact, *around])
+    with np.errstate(all="ignore"):
+        expected = values.astype(np.float16)
+        got = r.rounded(values, np.dtype(np.float16))
+    assert got.tobytes() == expected.tobytes()
+    assert np.isnan(r.rounded(np.float32([np.nan]), np.dtype(np.float16))).all()

@@ -14,7 +14,7 @@ import numpy as np
 
 from dtrain import dtypes
 from dtrain.autograd.node import make
-from dtrain.comm.reduce import ReduceOp
+from dtrain.comm.reduce import ReduceOp, rounded
 from dtrain.comm.work import Future
 from dtrain.distributed.algorithms.ddp_comm_hooks.gathered import spread
 from dtrain.distributed.algorithms.ddp_comm_hooks.stages import Hook, Payload, sends
@@ -48,13 +48,14 @@ def allreduce_hook(process_group: Any, bucket: Any) -> Future[Tensor]:
 
 def _compress(dtype: dtypes.dtype, process_group: Any, bucket: Any) -> Future[Tensor]:
     buffer = bucket.buffer()
-    rounded = mean(_rounded(buffer, dtype), process_group)
-    return rounded.then(lambda future: _copied(buffer, future.value()))
+    reduced = mean(_rounded(buffer, dtype), process_group)
+    return reduced.then(lambda future: _copied(buffer, future.value()))
 
 
 def _rounded(tensor: Tensor, dtype: dtypes.dtype) -> Tensor:
     with np.errstate(over="ignore", invalid="ignore"):  # inf is a value, and is seen in the result
-        return tensor.detach().to(dtype)
+        half: Tensor = make(rounded(tensor._data, dtype.numpy))
+        return half
 
 
 def _copied(buffer: Tensor, result: Tensor) -> Tensor:
@@ -86,8 +87,8 @@ def bf16_compress_wrapper(hook: Hook) -> Hook:
 
 def _wrapper(hook: Hook, dtype: dtypes.dtype) -> Hook:
     def payload(state: Any, bucket: Any) -> Payload:
-        rounded = _rounded_bucket(bucket, dtype)
-        return hook.payload(state, rounded)  # type: ignore[attr-defined,no-any-return]
+        small = _rounded_bucket(bucket, dtype)
+        return hook.payload(state, small)  # type: ignore[attr-defined,no-any-return]
 
     @sends(payload)
     @functools.wraps(hook)
@@ -104,7 +105,7 @@ def _rounded_bucket(bucket: Any, dtype: dtypes.dtype) -> GradBucket:
     flat = FlatBuffer([gradient.shape for gradient in gradients], dtype.numpy, align=1)
     with np.errstate(over="ignore", invalid="ignore"):
         for view, gradient in zip(flat.views, gradients, strict=True):
-            view[...] = gradient
+            view[...] = rounded(gradient, dtype.numpy)
     views = [make(view) for view in flat.views]
     return GradBucket(
         bucket.index(), make(flat.array), views, bucket.parameters(), bucket.is_last()
