@@ -387,9 +387,9 @@ warnings.filterwarnings(
 
 _keep_freed_memory()
 
-_LAZY = frozenset(
-    ("distributed", "futures", "nn", "optim", "serialization", "testing", "utils")
-)  # sub-packages
+_LAZY = frozenset(  # sub-packages
+    ("distributed", "futures", "nn", "optim", "profiler", "serialization", "testing", "utils")
+)
 _LAZY_NAMES = {"save": "serialization", "load": "serialization"}
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "rendezvous",
     "run_identity",
     "stall_warning",
+    "trace_folder",
 ]
 
 
@@ -124,6 +125,11 @@ def data_plane(environ: Mapping[str, str] = os.environ) -> str:
     if chosen not in ("curve", "plaintext"):
         raise ValueError(f"DTRAIN_DATA_PLANE must be curve or plaintext, got {chosen!r}")
     return chosen
+
+
+def trace_folder(environ: Mapping[str, str] = os.environ) -> str | None:
+    """DTRAIN_TRACE: the folder for a timeline of the run; None: none is recorded."""
+    return environ.get("DTRAIN_TRACE") or None
 
 
 def rendezvous(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 # (`dtrain.comm`, `dtrain.nn` ...); the two towers never see each other. A module without a row is
 # an error: give it one.
 BASE = (
-    *("errors", "env", "flight", "logs", "processes", "stacks", "wire", "version"),
+    *("errors", "env", "flight", "logs", "processes", "stacks", "tape", "wire", "version"),
     *("cuda", "device", "draws", "dtypes", "generator", "heap", "missing", "random", "ranks"),
     "threads",
 )
@@ -46,7 +46,7 @@ COMM = (
 ABOVE = (
     ("futures",),
     ("distributed",),
-    ("nn.parallel", "inductor"),
+    ("nn.parallel", "inductor", "profiler"),
     ("testing",),
     ("",),  # dtrain itself: the public names
 )

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from dtrain import flight
 from dtrain.flight import POINT_TO_POINT
 from dtrain.logs import get_logger
+from dtrain.tape import Tape
 
 __all__ = [
     "POINT_TO_POINT",
@@ -118,6 +119,7 @@ class Recorder:
     kinds: dict[str, list[float]] = field(default_factory=dict)
     waits: dict[int, float] = field(default_factory=dict)  # {rank: seconds waited for it}
     ring: deque[CallRecord] = field(default_factory=lambda: deque(maxlen=RING))
+    tape: Tape | None = None  # the timeline, while one is recorded
 
     @classmethod
     def of(cls, group: str, rank: int, size: int) -> Recorder:
@@ -168,6 +170,9 @@ class Recorder:
         counts[1] += record.nbytes
         counts[2] += ended - started
         counts[3] += waited
+        tape = self.tape  # another thread may take it away
+        if tape is not None:
+            _show(tape, record, kind, started, waited)
         if _log.isEnabledFor(logging.DEBUG):
             seconds = ended - started
             _log.debug("%s took %.6f s, %.6f s of it waiting", record, seconds, waited)
@@ -203,3 +208,17 @@ class Recorder:
             kind: KindStatistics(int(count), int(nbytes), seconds, waited)
             for kind, (count, nbytes, seconds, waited) in list(self.kinds.items())
         }
+
+
+def _show(tape: Tape, record: CallRecord, kind: str, started: float, waited: float) -> None:
+    """A finished call on the timeline. `by`: for whom it waited, {rank: ms}."""
+    message = record.seq == POINT_TO_POINT
+    by = {rank: seconds * 1e3 for rank, seconds in (record.waits or {}).items()}
+    tape.add(
+        f"{kind} {record.nbytes} B",
+        "message" if message else "collective",
+        f"{'messages' if message else 'group'} {record.group}",
+        started, record.ended,
+        group=record.group, seq=record.seq, bytes=record.nbytes, call=record.signature,
+        site=record.site, waited_ms=waited * 1e3, by=by,
+    )  # fmt: skip

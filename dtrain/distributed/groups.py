@@ -26,6 +26,7 @@ from dtrain.distributed.rendezvous import rendezvous
 from dtrain.distributed.work import seconds
 from dtrain.distributed.world import GroupMember, ProcessGroup, World, current_world, resolve
 from dtrain.ranks import set_peers, set_world
+from dtrain.tape import Tape
 
 
 def is_available() -> bool:
@@ -85,7 +86,10 @@ def init_process_group(
     else:
         arrays, name = _join_store(world, backend, init_method, store, rank, world_size, patience)
     world.default = ProcessGroup(arrays, range(arrays.size), name, "default_pg")
-    world.made.append(world.default)
+    world.add(world.default)
+    folder = env.trace_folder()
+    if folder is not None:
+        world.record_on(Tape(arrays.rank, arrays.size, folder))
     _close_at_exit()
 
 
@@ -259,7 +263,7 @@ def new_group(
         transport = transport_for(backend, world.store)
     arrays = default.arrays.split(members, timeout=seconds(timeout), transport=transport)
     made = ProcessGroup(arrays, members, backend or default.backend, group_desc or "undefined")
-    world.made.append(made)
+    world.add(made)
     return made
 
 

@@ -142,7 +142,7 @@ def shrink_group(
     for old in reversed(left):
         world.made.remove(old)
         old.arrays.close()
-    world.made.append(made)
+    world.add(made)
     if parent is world.default:
         world.default = made
     return made

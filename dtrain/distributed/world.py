@@ -16,6 +16,7 @@ from dtrain.comm.group import ProcessGroup as ArrayGroup
 from dtrain.comm.store.base import Store, as_seconds
 from dtrain.comm.work import Work as ArrayWork
 from dtrain.distributed.hooks import Hooks, PostHookArgs, PreHookArgs
+from dtrain.tape import Tape
 from dtrain.tensor import Tensor
 
 # Where a thread is in a block in which other ranks do something else: "rank0_section at file:line".
@@ -158,16 +159,31 @@ class group(metaclass=_WorldGroup):
 
 
 class World:
-    """What this rank has joined. `made` lists the groups in the order they were made."""
+    """What this rank has joined. `made` lists the groups in the order they were made.
+
+    `tape`: where this rank's calls and passes are recorded, None while nobody wants it.
+    """
 
     def __init__(self) -> None:
         self.default: ProcessGroup | None = None
         self.made: list[ProcessGroup] = []
         self.store: Store | None = None
         self.owns_store = False
+        self.tape: Tape | None = None
+
+    def add(self, group: ProcessGroup) -> None:
+        """A group of which this rank has become a member."""
+        self.made.append(group)
+        group.arrays._recorder.tape = self.tape
+
+    def record_on(self, tape: Tape | None) -> None:
+        """From now on record on `tape`; None: no more."""
+        self.tape = tape
+        for made in self.made:
+            made.arrays._recorder.tape = tape
 
     def clear(self, reason: BaseException | None = None) -> None:
-        """Close all groups, youngest first, and the store if it was opened here.
+        """Close all groups, youngest first, and the store if it was opened here; save the tape.
 
         `reason`: the exception that ends this rank; the others are told.
         """
@@ -177,7 +193,10 @@ class World:
             made.arrays.close()
         if self.store is not None and self.owns_store:
             self.store.close()
+        tape = self.tape
         self.__init__()  # type: ignore[misc]
+        if tape is not None:
+            tape.save()
 
 
 _process_world = World()

@@ -3,7 +3,8 @@
 Owns: `Meter`, which the reducer tells what happens; `Step`, one measured pass, and `BucketTimes`.
 Rules: 1. all times are in seconds of the monotonic clock, the one that calls are recorded by.
 2. Measuring is always on: with one bucket it takes 7 us a step. 3. Nothing is sent and
-nothing is decided here; `reports` puts it into words.
+nothing is decided here; `reports` puts it into words. 4. While a timeline is recorded, passes are
+shown on it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import TYPE_CHECKING
 
+from dtrain.distributed.world import current_world
 from dtrain.logs import get_logger
+from dtrain.tape import MAIN, Tape
 
 if TYPE_CHECKING:
     from dtrain.nn.parallel.reducer import Flight
@@ -123,6 +126,9 @@ class Meter:
     def forward(self, began: float) -> None:
         """A forward pass that began then is over."""
         self._forward = began, monotonic()
+        tape = current_world().tape
+        if tape is not None:
+            tape.add("forward", "ddp", MAIN, *self._forward)
 
     def start(self, began: float, buckets: int) -> None:
         """The first gradient of a backward pass that began then."""
@@ -173,6 +179,9 @@ class Meter:
             self._tell_unused(step)
         self.last = step
         self.totals.add(step)
+        tape = current_world().tape
+        if tape is not None:
+            _show(step, tape)
 
     def _tell_unused(self, step: Step) -> None:
         names = ", ".join(self._names[number] for number in step.unused) or "none"
@@ -205,3 +214,16 @@ def _unused(flights: Sequence[Flight], anywhere: bool) -> tuple[int, ...]:
         for place in flight.kept
         if not anywhere or flight.bucket.flags[place] <= 0
     )
+
+
+def _show(step: Step, tape: Tape) -> None:
+    """A pass on the timeline: backward, what it waits for after it, the buckets beside it."""
+    if not step.shadow:
+        tape.add("backward", "ddp", MAIN, step.began, step.computed, step=step.number)
+    tape.add("wait for gradients", "ddp", MAIN, step.computed, step.ended, step=step.number)
+    for bucket in step.buckets:
+        exposed = step.exposed(bucket) * 1e3
+        tape.add(
+            f"bucket {bucket.index} {bucket.nbytes} B", "bucket", "buckets", bucket.submitted,
+            bucket.done, step=step.number, bytes=bucket.nbytes, seq=bucket.seq, exposed_ms=exposed,
+        )  # fmt: skip
