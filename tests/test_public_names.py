@@ -144,6 +144,10 @@ NAMES = {
         HierarchicalModelAverager""",
     "dtrain.distributed.algorithms.model_averaging.utils": """
         average_parameters get_params_to_average average_parameters_or_parameter_groups""",
+    "dtrain.autograd.graph": "saved_tensors_hooks Node",
+    "dtrain.utils.checkpoint": """
+        checkpoint checkpoint_sequential CheckpointError noop_context_fn set_checkpoint_early_stop
+        set_checkpoint_debug_enabled""",
     "dtrain.testing": "run_world gradcheck",
 }
 

@@ -27,10 +27,10 @@ from dtrain.autograd.gradients import backward as backward, grad as grad
 def __getattr__(name: str) -> Any:
     if name == "Variable":
         return importlib.import_module("dtrain.legacy").Variable
-    if name == "functional":
-        return importlib.import_module("dtrain.autograd.functional")
+    if name in ("functional", "graph"):
+        return importlib.import_module(f"dtrain.autograd.{name}")
     raise AttributeError(f"module 'dtrain.autograd' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), "Variable", "functional"})
+    return sorted({*globals(), "Variable", "functional", "graph"})

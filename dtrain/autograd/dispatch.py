@@ -71,7 +71,8 @@ def binary(op: Op, promote: Callable[..., Any] | None) -> Callable[..., Any]:
         wanted = a._requires_grad or b._requires_grad
         if not plain:  # views may have come into a graph since they were made
             wanted = a._wants_grad() or b._wants_grad()
-        if not (wanted and differentiable and _recording()):
+        mode = wanted and differentiable and _recording()
+        if not mode:
             t._node = None
             t._requires_grad = False
             return t
@@ -96,6 +97,8 @@ def binary(op: Op, promote: Callable[..., Any] | None) -> Callable[..., Any]:
             save_result(node, t)
         t._node = node
         t._requires_grad = True
+        if mode is not True:
+            mode.recorded(node)
         return t
 
     def mixed(a: Any, b: Any) -> Any:
@@ -138,7 +141,8 @@ def _with_number(
         t._data = out if out.__class__ is _ndarray else np.asarray(out)
         t._grad = t._version = t._base = t._node = None
         t._requires_grad = False
-        if differentiable and tensor._wants_grad() and _recording():
+        mode = differentiable and tensor._wants_grad() and _recording()
+        if mode:
             node = new(Node)
             node.op = op
             edge = tensor._node or tensor
@@ -151,6 +155,8 @@ def _with_number(
             if saves:
                 op.save(node, (number, tensor) if left else (tensor, number), t)
             t._node, t._requires_grad = node, True
+            if mode is not True:
+                mode.recorded(node)
         return t
 
     return with_number
@@ -191,8 +197,11 @@ def unary(op: Op, promote: Callable[..., Any] | None) -> Callable[..., Any]:
         if promote is not None and x.dtype.kind in "biu":
             return promote(call, a)
         t = make(forward(x))
-        if differentiable and a._wants_grad() and _recording():
-            record(op, (a,), t, {})
+        mode = differentiable and a._wants_grad() and _recording()
+        if mode:
+            node = record(op, (a,), t, {})
+            if mode is not True:
+                mode.recorded(node)
         return t
 
     return call
@@ -216,7 +225,8 @@ def single(op: Op, view: bool) -> Callable[..., Any]:
         t = new(nodes._tensor)
         t._data = out if out.__class__ is _ndarray else np.asarray(out)
         t._grad = t._version = t._base = t._node = None
-        t._requires_grad = recording = differentiable and x._wants_grad() and _recording()
+        mode = differentiable and x._wants_grad() and _recording()
+        t._requires_grad = recording = mode is not False
         if recording:
             t._node = node = new(Node)
             node.op, node.edges, node.shapes = op, (x._node or x,), (data.shape,)
@@ -226,6 +236,8 @@ def single(op: Op, view: bool) -> Callable[..., Any]:
             node.__dict__ = attrs
             if op.keep or op.keeps_out:
                 op.save(node, (x,), t)
+            if mode is not True:
+                mode.recorded(node)
         if view:
             t._share(x)
             if not recording and (x._requires_grad or x._made_quietly):
@@ -249,14 +261,18 @@ def general(op: Op, view: bool, outputs: int) -> Callable[..., Any]:
             aux = tuple(rest)
         if not boxed:
             return result
-        recording = differentiable and _recording() and any(v._wants_grad() for v in boxed)
+        mode = differentiable and _recording()
+        if mode and not any(v._wants_grad() for v in boxed):
+            mode = False
         if outputs != 1:
-            return _several(op, inputs, result, attrs, recording, outputs, view)
+            return _several(op, inputs, result, attrs, mode, outputs, view)
         t = make(result)
-        if recording:
+        if mode:
             node = record(op, inputs, t, attrs)
             node.shapes = tuple([v.shape if v.__class__ is _ndarray else () for v in arrays])
             node.aux = aux or None
+            if mode is not True:
+                mode.recorded(node)
         return t
 
     return call
@@ -264,11 +280,11 @@ def general(op: Op, view: bool, outputs: int) -> Callable[..., Any]:
 
 def _several(
     op: Op, inputs: tuple[Any, ...], results: Any, attrs: dict[str, Any],
-    recording: bool, outputs: int, view: bool,
+    mode: Any, outputs: int, view: bool,
 ) -> tuple[Any, ...]:  # fmt: skip
     """Box the results of an op with many. The first `outputs` (-1: all) are differentiable."""
     tensors = tuple([make(r) for r in results])
-    if recording:
+    if mode:
         node = Node(op, tuple([edge_of(v) for v in inputs]))
         node.__dict__.update(attrs)
         node.shapes = tuple([v._data.shape if isinstance(v, Value) else () for v in inputs])
@@ -277,6 +293,8 @@ def _several(
         for i, t in enumerate(differentiable):
             t._node = select_output(node, i, len(differentiable))
             t._requires_grad = True
+        if mode is not True:
+            mode.recorded(node)
     if view:
         for t in tensors:
             t._share(inputs[0])

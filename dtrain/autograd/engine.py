@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from dtrain import dtypes
-from dtrain.autograd.grad_mode import grad_enabled
+from dtrain.autograd.grad_mode import grad_enabled, set_mode
 from dtrain.autograd.node import SELECT, Node, check_saved, edge_of, make, release
 from dtrain.autograd.op import ALIAS
 from dtrain.autograd.value import Value
@@ -314,7 +314,7 @@ def execute(work: Pass, roots: Sequence[Any], grads: Sequence[Any]) -> None:
     """Run a pass with its callbacks and the grad mode it needs."""
     outer = _callbacks.get()
     queue = Callbacks()
-    mode = grad_enabled.set(work.create_graph)
+    mode = set_mode(work.create_graph)
     token = _callbacks.set(queue)
     try:
         work.run(roots, grads)

@@ -170,7 +170,7 @@ class Function:
         """Run forward without recording, then attach one node that calls backward."""
         needs = tuple([isinstance(a, Value) and a._wants_grad() for a in args])
         ctx = FunctionCtx(needs)
-        recording = any(needs) and grad_enabled.get()
+        recording = any(needs) and grad_enabled.get()  # True, or who watches
         edges = tuple([edge_of(a) for a in args]) if recording else ()
         mode = grad_enabled.set(False)
         try:
@@ -187,6 +187,8 @@ class Function:
             return output
         results = output if isinstance(output, tuple) else (output,)
         boxed = attach(cls, ctx, edges, args, results)
+        if recording is not True and ctx._node is not None:
+            recording.recorded(ctx._node())
         return tuple(boxed) if isinstance(output, tuple) else boxed[0]
 
 

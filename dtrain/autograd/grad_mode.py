@@ -2,6 +2,8 @@
 
 The mode is a context variable, so every thread (a rank may be one) starts enabled and changes
 nothing for the others. Each class works as a context manager and as a decorator, as in torch.
+Where somebody watches what is recorded (saving.py), the mode is that watcher in place of True: an
+op asks for the mode anyway, so that nobody pays who does not watch.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import Any, TypeVar
 
-grad_enabled: ContextVar[bool] = ContextVar("dtrain_grad_enabled", default=True)
+grad_enabled: ContextVar[Any] = ContextVar("dtrain_grad_enabled", default=True)
+watching: ContextVar[Any] = ContextVar("dtrain_watching", default=True)  # the mode of "enabled"
 _inference: ContextVar[bool] = ContextVar("dtrain_inference_mode", default=False)
 
 _CO_GENERATOR = 0x20  # inspect.CO_GENERATOR; importing inspect takes milliseconds
@@ -23,7 +26,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def is_grad_enabled() -> bool:
     """True when operations on tensors that require grad are recorded in this thread."""
-    return grad_enabled.get()
+    return grad_enabled.get() is not False
+
+
+def set_mode(enabled: bool) -> Token[Any]:
+    """Enable, for the watcher if there is one, or disable; `grad_enabled.reset` undoes it."""
+    return grad_enabled.set(watching.get() if enabled else False)
 
 
 def is_inference_mode_enabled() -> bool:
@@ -37,10 +45,10 @@ class _Mode:
     mode: bool
 
     def __init__(self) -> None:
-        self._tokens: list[Token[bool]] = []  # a stack: one instance may be entered repeatedly
+        self._tokens: list[Token[Any]] = []  # a stack: one instance may be entered repeatedly
 
     def __enter__(self) -> None:
-        self._tokens.append(grad_enabled.set(self.mode))
+        self._tokens.append(set_mode(self.mode))
 
     def __exit__(
         self,
@@ -132,7 +140,7 @@ class set_grad_enabled(_Mode):
     def __init__(self, mode: bool) -> None:
         super().__init__()
         self.mode = bool(mode)
-        self._tokens.append(grad_enabled.set(self.mode))
+        self._tokens.append(set_mode(self.mode))
 
     def __enter__(self) -> None:
         pass
@@ -163,7 +171,7 @@ class inference_mode(_Mode):
         self._inference_tokens: list[Token[bool]] = []
 
     def __enter__(self) -> None:
-        self.mode = not self.inference and grad_enabled.get()
+        self.mode = not self.inference and is_grad_enabled()
         self._inference_tokens.append(_inference.set(self.inference))
         super().__enter__()
 

@@ -19,7 +19,21 @@ import numpy as np
 from dtrain import dtypes
 from dtrain.autograd.value import Value, Version
 
-FREED = object()  # stands in Node.saved once backward has used what it held
+
+class _Freed:
+    """Stands in `Node.saved` once backward has used what it held."""
+
+    def restore(self, node: Node) -> None:
+        raise RuntimeError(
+            "Trying to backward through the graph a second time (or directly access saved "
+            "tensors after they have already been freed). Saved intermediate values of the "
+            "graph are freed when you call .backward() or autograd.grad(). Specify "
+            "retain_graph=True if you need to backward through the graph a second time or if "
+            "you need to access saved tensors after calling backward."
+        )
+
+
+FREED = _Freed()
 
 new = object.__new__
 next_seq = count(1).__next__
@@ -49,7 +63,8 @@ class Node:
     op        what was applied.
     edges     where the gradient of each input goes: the Node that made it, the leaf Tensor
               itself, or None.
-    saved     the kept inputs (Tensors, numbers, None), or FREED.
+    saved     the kept inputs (Tensors, numbers, None); or what can `restore(node)` them, such as
+              FREED, which raises.
     versions  their version counts when they were saved; None means all 0.
     out       (array, Version, its count) of the result, when the rule wants it.
     aux       arrays that forward left for the rule.
@@ -155,15 +170,11 @@ def save_result(node: Node, result: Value) -> None:
 
 
 def check_saved(node: Node) -> None:
-    """Refuse saved values that are gone, or were changed in place since they were saved."""
-    if node.saved is FREED:
-        raise RuntimeError(
-            "Trying to backward through the graph a second time (or directly access saved "
-            "tensors after they have already been freed). Saved intermediate values of the "
-            "graph are freed when you call .backward() or autograd.grad(). Specify "
-            "retain_graph=True if you need to backward through the graph a second time or if "
-            "you need to access saved tensors after calling backward."
-        )
+    """Bring back saved values that were taken away (saving.py), and refuse those that are gone or
+    were changed in place since they were saved.
+    """
+    if node.saved.__class__ is not tuple:
+        node.saved.restore(node)
     expected = node.versions
     for i, value in enumerate(node.saved):
         if isinstance(value, Value) and value._version is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_LAZY = frozenset(("data",))
+_LAZY = frozenset(("checkpoint", "data"))
 
 
 def __getattr__(name: str) -> Any:
