@@ -153,6 +153,12 @@ class Reducer:
         return self._aside or self._hook is not None
 
     @property
+    def shares_memory(self) -> bool:
+        """Whether all ranks of the group reduce in memory that they share."""
+        transport = getattr(self.group.arrays, "transport", None)  # MPI and fake have none
+        return transport is not None and transport.window is not None
+
+    @property
     def order(self) -> list[int]:
         """Parameters in the order in which their gradients came in the first pass here."""
         return list(self._order)

@@ -20,19 +20,20 @@ from dtrain.nn.parallel.reducer import Reducer
 MAIN = 0.5
 
 
-def why_exposed(step: Step, bucket: BucketTimes, aside: bool) -> str | None:
+def why_exposed(step: Step, bucket: BucketTimes, aside: bool, memory: bool) -> str | None:
     """Why the end of backward waited for `bucket`; None when it did not.
 
-    In this order: another rank came late, for more than half of the time; it was never meant to run
-    beside backward (`aside` is False); it was submitted only when an earlier bucket was full, or
-    was not full before the end; the one before was still running when it could have begun, or the
-    thread that reduces came late to it; else no computation was left to hide it behind.
+    In this order: another rank came late, for more than half of the time (where ranks share
+    `memory`: by messages, waiting for a rank is also waiting for bytes under way); it was never
+    meant to run beside backward (`aside` is False); it was submitted only when an earlier bucket
+    was full, or was not full before the end; the one before was still running when it could have
+    begun, or the thread that reduces came late to it; else no computation was left to hide it.
     """
     exposed = step.exposed(bucket)
     if exposed <= 0.0:
         return None
     late = max(bucket.waits, key=bucket.waits.__getitem__, default=None)
-    if late is not None and bucket.waits[late] > MAIN * exposed:
+    if memory and late is not None and bucket.waits[late] > MAIN * exposed:
         return f"rank {late} came late: {_ms(bucket.waits[late])} of it waited for that rank"
     if not aside:
         return "reduced after backward: beside it, it would have taken the core that computes"
@@ -78,7 +79,8 @@ def words(step: Step, reducer: Reducer) -> str:
     )
     lines += [_bucket_words(step, b, reducer) for b in step.buckets]
     waits = _sum_of_waits(step)
-    lines += [f"waited {_ms(s)} for rank {r}" for r, s in sorted(waits.items())]
+    sent = "" if reducer.shares_memory else ", or for what it sent"
+    lines += [f"waited {_ms(s)} for rank {r}{sent}" for r, s in sorted(waits.items())]
     if step.unused:
         lines.append(f"no gradient here: {_names(step.unused, reducer)}")
     if step.nowhere:
@@ -87,7 +89,7 @@ def words(step: Step, reducer: Reducer) -> str:
 
 
 def _bucket_words(step: Step, bucket: BucketTimes, reducer: Reducer) -> str:
-    why = why_exposed(step, bucket, reducer.runs_aside)
+    why = why_exposed(step, bucket, reducer.runs_aside, reducer.shares_memory)
     hidden = "hidden" if why is None else f"exposed {_ms(step.exposed(bucket))}: {why}"
     return f"bucket {bucket.index} ({bucket.nbytes / 2**20:.2f} MiB, #{bucket.seq}): {hidden}"
 

@@ -39,8 +39,8 @@ def step(*buckets, computed=10.0):
     return Step(0, 0.0, (0.0, 1.0), 1.0, computed, buckets[-1].done, buckets, (), (), False)
 
 
-def why(last, *before, aside=True):
-    return why_exposed(step(*before, last), last, aside)
+def why(last, *before, aside=True, memory=True):
+    return why_exposed(step(*before, last), last, aside, memory)
 
 
 def test_communication_is_split_at_the_end_of_backward():
@@ -60,6 +60,7 @@ def test_each_reason_is_told():
     assert why(bucket(1, 3, 5, 5, 9), early) is None
     late = bucket(1, 9, 9, 9, 14, waits={3: 4.0, 2: 0.5})
     assert why(late, early) == "rank 3 came late: 4000.00 ms of it waited for that rank"
+    assert "nothing left" in why(late, early, memory=False)  # the bytes may have been under way
     assert "reduced after backward" in why(bucket(1, 9, 10, 10, 12), early, aside=False)
     assert "got no gradient" in why(bucket(1, 0.0, 10, 10, 12), early)
     held = why(bucket(1, 3, 9, 9, 12), bucket(0, 9, 9, 9, 9.5))
