@@ -2,6 +2,7 @@
 
     python benchmarks/ddp.py                        # 2 ranks, one thread each, transport shm
     python benchmarks/ddp.py --torch-python PATH    # PyTorch with gloo, in the same minutes
+    python benchmarks/ddp.py --link --models gpt    # over 1 Gbit/s between two network namespaces
 
 Each rank has the same model twice, plain and wrapped, and trains them in turn, a block of steps
 each; both ranks begin a block together, so that the plain steps too share the machine. "adds" is
@@ -22,12 +23,14 @@ import time
 
 from beside import ONE_THREAD, command, measured, with_torch
 from models import build
+from shaped_link import BYTES_PER_SECOND, run_over, shaped_link, why_not
 
 BLOCK = 4  # steps of one model before the other has its turn; the first of them does not count
 
 
-def wrapped(library, model):
-    return importlib.import_module(f"{library}.nn.parallel").DistributedDataParallel(model)
+def wrapped(library, model, cap):
+    parallel = importlib.import_module(f"{library}.nn.parallel")
+    return parallel.DistributedDataParallel(model, bucket_cap_mb=cap)
 
 
 def block(model, x, y, optimizer, times):
@@ -52,7 +55,7 @@ def rank_main(args):
     found, runs = {}, {}
     for kind in ("ddp",) if args.memory else ("plain", "ddp"):
         model, x, y = build(torch, args.models[0])
-        model = wrapped(args.library, model) if kind == "ddp" else model
+        model = wrapped(args.library, model, args.cap) if kind == "ddp" else model
         runs[kind] = model, x, y, torch.optim.AdamW(model.parameters(), lr=1e-3)
     times = {kind: [] for kind in runs}
     for number in range(args.blocks + 1):
@@ -60,6 +63,7 @@ def rank_main(args):
             dist.barrier()
             found[f"{kind} loss"] = block(*run, times[kind] if number else [])
     found |= {kind: statistics.median(all_of_them) * 1e3 for kind, all_of_them in times.items()}
+    found["gradients"] = sum(p.numel() * 4 for p in runs["ddp"][0].parameters())
     found["MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if dist.get_rank() == 0:
         print(json.dumps(found), flush=True)
@@ -70,6 +74,7 @@ def launched(library, model, args, python, *, memory):
     start = command(library, python, args.nproc)
     env = {**os.environ, **dict.fromkeys(ONE_THREAD, "1")}
     flags = ["--library", library, "--models", model, "--transport", args.transport]
+    flags += ["--cap", str(args.cap)] if args.cap else []
     flags += ["--blocks", "1" if memory else str(args.blocks), *["--memory"] * memory]
     return measured(start, __file__, flags, env)
 
@@ -81,6 +86,25 @@ def row(library, model, args, python):
     found["adds"] = statistics.median(each["ddp"] - each["plain"] for each in rounds)
     found["MiB"] = launched(library, model, args, python, memory=True)["MiB"]
     return found
+
+
+def print_link(model, args):
+    """A step over a shaped link beside the longer of computing and sending all gradients once."""
+    refused = why_not()
+    if refused:
+        print(f"{model:<6}not run: {refused}")
+        return
+    with shaped_link() as names:
+        for plane in ("curve", "plaintext"):
+            env = {**os.environ, **dict.fromkeys(ONE_THREAD, "1"), "DTRAIN_DATA_PLANE": plane}
+            flags = ["--library", "dtrain", "--models", model, "--transport", "tcp"]
+            start = [sys.executable, __file__, *flags, "--blocks", str(args.blocks)]
+            start += ["--cap", str(args.cap)] if args.cap else []
+            found = run_over(names, start, env, timeout=600)
+            wire = found["gradients"] / BYTES_PER_SECOND * 1e3
+            limit = max(found["plain"], wire)
+            print(f"{model:<6}{plane:<11}{found['plain']:>9.1f}{wire:>9.1f}{found['ddp']:>10.1f}"
+                  f"{found['ddp'] / limit:>9.2f}", flush=True)  # fmt: skip
 
 
 def print_model(model, rows):
@@ -103,6 +127,8 @@ def arguments():
     parser.add_argument("--blocks", type=int, default=8, help=f"blocks of {BLOCK} steps each")
     parser.add_argument("--rounds", type=int, default=1, help="runs of each library")
     parser.add_argument("--torch-python", default=sys.executable, help="an interpreter with torch")
+    parser.add_argument("--cap", type=float, help="bucket_cap_mb of both (default: theirs)")
+    parser.add_argument("--link", action="store_true", help="over a link of 1 Gbit/s (root)")
     parser.add_argument("--library", choices=["dtrain", "torch"], help=argparse.SUPPRESS)
     parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -112,6 +138,12 @@ def main():
     args = arguments()
     if args.library:
         rank_main(args)
+        return
+    if args.link:
+        print("# ms per step, 2 ranks of 1 thread, 1 Gbit/s between them\n"
+              "# model data         plain     wire   wrapped  /longer")  # fmt: skip
+        for model in args.models:
+            print_link(model, args)
         return
     python = with_torch(args.torch_python)
     blas = os.environ.get("OPENBLAS_CORETYPE", "unset")
