@@ -65,9 +65,10 @@ class Server:
     def _start(self, letter: int, notices: int, output: int) -> None:
         if len(os.listdir("/proc/self/task")) != 1:
             raise RuntimeError("the fork server has threads: its forks would not be sound")
+        server = os.getpid()
         pid = os.fork()
         if pid == 0:
-            self._become_rank(letter, notices, output)
+            self._become_rank(server, letter, notices, output)
         os.close(letter)
         os.close(output)
         process = os.pidfd_open(pid)
@@ -75,9 +76,11 @@ class Server:
         self._poll.register(process, select.POLLIN)
         _tell(notices, pid)
 
-    def _become_rank(self, letter: int, notices: int, output: int) -> None:
+    def _become_rank(self, server: int, letter: int, notices: int, output: int) -> None:
         """What the forked child does; does not return."""
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != server:  # it died before the kernel was asked
+            os._exit(1)
         self._control.close()
         for process, (_, others) in self._ranks.items():
             os.close(process)

@@ -39,9 +39,10 @@ def own_folder(monkeypatch):
     ],
 )
 def test_the_matrix_catches(program, trial, why, own_folder):
-    assert run_trial(trial).result == "passed"
+    sound = run_trial(trial)
+    assert sound.result == "passed", sound.why
     verdict = run_trial(trial, program)
-    assert verdict.result == "failed"
+    assert verdict.result == "failed", verdict
     assert re.search(why, verdict.why)
 
 
