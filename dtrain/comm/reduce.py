@@ -162,7 +162,7 @@ def rounded(values: Array, dtype: np.dtype[Any]) -> Array:
     """
     if dtype != _FLOAT16 or values.dtype != _FLOAT32:
         return values.astype(dtype, copy=False)
-    near = np.add(values, _FLOAT32.type(0.75))
+    near = np.add(values, _FLOAT32.type(0.75), out=np.empty_like(values))  # 0-d stays an array
     np.subtract(near, _FLOAT32.type(0.75), out=near)
     np.copyto(near, values, where=np.abs(values) >= _FLOAT32.type(2.0**-14))
     return np.copysign(near, values, out=near).astype(dtype)  # -0.0 stays one

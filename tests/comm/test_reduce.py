@@ -153,3 +153,10 @@ def test_rounding_to_float16_has_the_bits_of_numpys():
         got = r.rounded(values, np.dtype(np.float16))
     assert got.tobytes() == expected.tobytes()
     assert np.isnan(r.rounded(np.float32([np.nan]), np.dtype(np.float16))).all()
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3,)])
+def test_half_precision_of_every_shape(shape):
+    out = np.empty(shape, np.float16)
+    r.combine(r.SUM, [np.full(shape, 1.5, np.float16), np.full(shape, 2.5, np.float16)], out)
+    assert (out == 4.0).all()
