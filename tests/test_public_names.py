@@ -134,6 +134,13 @@ NAMES = {
     "dtrain.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook": (
         "PostLocalSGDState post_localSGD_hook"
     ),
+    "dtrain.distributed.algorithms._checkpoint.checkpoint_wrapper": """
+        checkpoint_wrapper CheckpointImpl CheckpointWrapper ActivationWrapper
+        apply_activation_checkpointing""",
+    "dtrain.distributed.fsdp.wrap": """
+        always_wrap_policy lambda_auto_wrap_policy transformer_auto_wrap_policy
+        size_based_auto_wrap_policy ModuleWrapPolicy CustomPolicy enable_wrap wrap
+        _or_policy _module_wrap_policy""",
     "dtrain.distributed.nn": "functional all_reduce",
     "dtrain.distributed.nn.functional": """
         broadcast gather scatter reduce reduce_scatter all_gather all_to_all all_to_all_single

@@ -154,6 +154,7 @@ _LAZY = (
     "device_mesh",
     "distributed_c10d",
     "elastic",
+    "fsdp",
     "nn",
     "optim",
 )
