@@ -154,7 +154,8 @@ NAMES = {
     "dtrain.autograd.graph": "saved_tensors_hooks Node",
     "dtrain.utils.checkpoint": """
         checkpoint checkpoint_sequential CheckpointError noop_context_fn set_checkpoint_early_stop
-        set_checkpoint_debug_enabled""",
+        set_checkpoint_debug_enabled CheckpointPolicy SelectiveCheckpointContext
+        create_selective_checkpoint_contexts""",
     "dtrain.testing": "run_world gradcheck",
 }
 

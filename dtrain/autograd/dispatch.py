@@ -60,18 +60,18 @@ def binary(op: Op, promote: Callable[..., Any] | None) -> Callable[..., Any]:
         # Arrays that were unpickled have dtype objects of their own, equal but not identical.
         if x.dtype is not y.dtype and promote is not None and x.dtype != y.dtype:
             return promote(call, a, b)
-        try:
-            out = forward(x, y)
-        except ValueError as error:
-            raise broadcast_error(x, y, error) from None
-        t = new(nodes._tensor)
-        t._data = out if out.__class__ is _ndarray else np.asarray(out)
-        t._grad = t._version = t._base = None
         plain = a._base is None and b._base is None
         wanted = a._requires_grad or b._requires_grad
         if not plain:  # views may have come into a graph since they were made
             wanted = a._wants_grad() or b._wants_grad()
         mode = wanted and differentiable and _recording()
+        try:
+            out = forward(x, y) if mode is True or not mode else mode.compute(op, (x, y), {})
+        except ValueError as error:
+            raise broadcast_error(x, y, error) from None
+        t = new(nodes._tensor)
+        t._data = out if out.__class__ is _ndarray else np.asarray(out)
+        t._grad = t._version = t._base = None
         if not mode:
             t._node = None
             t._requires_grad = False
@@ -98,7 +98,7 @@ def binary(op: Op, promote: Callable[..., Any] | None) -> Callable[..., Any]:
         t._node = node
         t._requires_grad = True
         if mode is not True:
-            mode.recorded(node)
+            mode.recorded(node, t)
         return t
 
     def mixed(a: Any, b: Any) -> Any:
@@ -134,14 +134,17 @@ def _with_number(
         try:
             if arrays:  # a ufunc takes a 0-d array faster than a number that it must convert
                 number = np.asarray(number, x.dtype)
-            out = forward(number, x) if left else forward(x, number)
+            mode = differentiable and tensor._wants_grad() and _recording()
+            if mode is True or not mode:
+                out = forward(number, x) if left else forward(x, number)
+            else:
+                out = mode.compute(op, (number, x) if left else (x, number), {})
         except OverflowError:  # NumPy refuses what an integer dtype cannot hold, torch wraps it
             return promote(call, a, b)  # type: ignore[misc]
         t = new(nodes._tensor)
         t._data = out if out.__class__ is _ndarray else np.asarray(out)
         t._grad = t._version = t._base = t._node = None
         t._requires_grad = False
-        mode = differentiable and tensor._wants_grad() and _recording()
         if mode:
             node = new(Node)
             node.op = op
@@ -156,7 +159,7 @@ def _with_number(
                 op.save(node, (number, tensor) if left else (tensor, number), t)
             t._node, t._requires_grad = node, True
             if mode is not True:
-                mode.recorded(node)
+                mode.recorded(node, t)
         return t
 
     return with_number
@@ -196,12 +199,12 @@ def unary(op: Op, promote: Callable[..., Any] | None) -> Callable[..., Any]:
         x = a._data
         if promote is not None and x.dtype.kind in "biu":
             return promote(call, a)
-        t = make(forward(x))
         mode = differentiable and a._wants_grad() and _recording()
+        t = make(forward(x) if mode is True or not mode else mode.compute(op, (x,), {}))
         if mode:
             node = record(op, (a,), t, {})
             if mode is not True:
-                mode.recorded(node)
+                mode.recorded(node, t)
         return t
 
     return call
@@ -217,7 +220,11 @@ def single(op: Op, view: bool) -> Callable[..., Any]:
         if not isinstance(x, Value):
             return forward(x, **attrs)[0] if aux else forward(x, **attrs)
         data = x._data
-        out = forward(data, **attrs)
+        mode = differentiable and x._wants_grad() and _recording()
+        if mode is True or not mode:
+            out = forward(data, **attrs)
+        else:
+            out = mode.compute(op, (data,), attrs)
         left: tuple[Any, ...] | None = None
         if aux:
             out, *rest = out
@@ -225,7 +232,6 @@ def single(op: Op, view: bool) -> Callable[..., Any]:
         t = new(nodes._tensor)
         t._data = out if out.__class__ is _ndarray else np.asarray(out)
         t._grad = t._version = t._base = t._node = None
-        mode = differentiable and x._wants_grad() and _recording()
         t._requires_grad = recording = mode is not False
         if recording:
             t._node = node = new(Node)
@@ -237,7 +243,7 @@ def single(op: Op, view: bool) -> Callable[..., Any]:
             if op.keep or op.keeps_out:
                 op.save(node, (x,), t)
             if mode is not True:
-                mode.recorded(node)
+                mode.recorded(node, t)
         if view:
             t._share(x)
             if not recording and (x._requires_grad or x._made_quietly):
@@ -254,16 +260,19 @@ def general(op: Op, view: bool, outputs: int) -> Callable[..., Any]:
     def call(*inputs: Any, **attrs: Any) -> Any:
         boxed = [v for v in inputs if isinstance(v, Value)]
         arrays = [v._data if isinstance(v, Value) else v for v in inputs]
-        result = forward(*arrays, **attrs)
+        mode = differentiable and _recording()
+        if mode and not any(v._wants_grad() for v in boxed):
+            mode = False
+        if mode is True or not mode:
+            result = forward(*arrays, **attrs)
+        else:
+            result = mode.compute(op, tuple(arrays), attrs)
         aux: tuple[Any, ...] = ()
         if op.aux:
             result, *rest = result
             aux = tuple(rest)
         if not boxed:
             return result
-        mode = differentiable and _recording()
-        if mode and not any(v._wants_grad() for v in boxed):
-            mode = False
         if outputs != 1:
             return _several(op, inputs, result, attrs, mode, outputs, view)
         t = make(result)
@@ -272,7 +281,7 @@ def general(op: Op, view: bool, outputs: int) -> Callable[..., Any]:
             node.shapes = tuple([v.shape if v.__class__ is _ndarray else () for v in arrays])
             node.aux = aux or None
             if mode is not True:
-                mode.recorded(node)
+                mode.recorded(node, t)
         return t
 
     return call
@@ -294,7 +303,7 @@ def _several(
             t._node = select_output(node, i, len(differentiable))
             t._requires_grad = True
         if mode is not True:
-            mode.recorded(node)
+            mode.recorded(node, *tensors)
     if view:
         for t in tensors:
             t._share(inputs[0])

@@ -188,7 +188,7 @@ class Function:
         results = output if isinstance(output, tuple) else (output,)
         boxed = attach(cls, ctx, edges, args, results)
         if recording is not True and ctx._node is not None:
-            recording.recorded(ctx._node())
+            recording.recorded(ctx._node(), *boxed)
         return tuple(boxed) if isinstance(output, tuple) else boxed[0]
 
 

@@ -16,13 +16,13 @@ import numpy as np
 from dtrain.autograd.grad_mode import no_grad
 from dtrain.autograd.node import Node as Node, edge_of, make, version_of
 from dtrain.autograd.op import ALIAS
-from dtrain.autograd.saving import keeps, watch
+from dtrain.autograd.saving import Watcher, keeps, watch
 from dtrain.autograd.value import Value, Version
 
 Pack = Callable[[Any], Any]
 
 
-class saved_tensors_hooks:
+class saved_tensors_hooks(Watcher):
     """Inside, tensors that are saved for backward are given to `pack_hook`, and what it returns is
     kept; `unpack_hook` makes a tensor of it again when backward needs it.
 
@@ -48,7 +48,7 @@ class saved_tensors_hooks:
     ) -> None:
         self._blocks.pop().__exit__(kind, error, traceback)
 
-    def recorded(self, node: Node) -> None:
+    def recorded(self, node: Node, *results: Any) -> None:
         """Pack what the node keeps."""
         if keeps(node):
             with no_grad():

@@ -37,6 +37,7 @@ class Op:
 
     fresh = True  # rules return new arrays, views or `g` itself: see `define`
     lands = False  # the rule asks `n.home(i)` where a gradient may go
+    view = False  # results may share memory with the first input
 
     def __init__(
         self, name: str, forward: Callable[..., Any], vjp: Callable[..., Any] | None,
@@ -183,7 +184,7 @@ def define(
         name, forward, vjp, names, kept, tuple(aux.split()), composite,
         broadcasts or pointwise, sample,
     )  # fmt: skip
-    op.lands = lands
+    op.lands, op.view = lands, view
     OPS[name] = op
     if pointwise:
         call = binary(op, promote)

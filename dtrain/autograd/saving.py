@@ -1,8 +1,8 @@
 """Watching what is recorded: taking away what nodes keep for backward, and giving it back.
 
-Rules: 1. A watcher stands in place of True in the grad mode (grad_mode.py), so an op tells it of
-its complete node with one comparison; who does not watch pays nothing else. The innermost watcher
-is told, no other.
+Rules: 1. A watcher stands in place of True in the grad mode (grad_mode.py), so an op lets it
+compute and tells it of its complete node with two comparisons; who does not watch pays nothing
+else. The innermost watcher is told, no other.
 2. What stands in `Node.saved` in place of a tuple is asked to `restore(node)` before a rule runs.
 What was restored stays as long as the node keeps it: a graph that is retained is not emptied again.
 Source: the saved-tensor hooks of torch.autograd.graph; here whole nodes are watched, since a rule
@@ -20,11 +20,18 @@ from dtrain.autograd.grad_mode import grad_enabled, is_grad_enabled, watching
 from dtrain.autograd.node import Node
 
 
-class Watcher(Protocol):
-    """Who is told of nodes."""
+class Watcher:
+    """Who is told of what is recorded: for each op, `compute` and then `recorded`. A
+    Function has `recorded` alone.
+    """
 
-    def recorded(self, node: Node) -> None:
-        """A node is complete; its result has not been handed out yet."""
+    def compute(self, op: Any, inputs: tuple[Any, ...], attrs: dict[str, Any]) -> Any:
+        """What the forward function of `op` returns for these arrays."""
+        return op.forward(*inputs, **attrs)
+
+    def recorded(self, node: Node, *results: Any) -> None:
+        """A node is complete; its results, Tensors, have not been handed out yet."""
+        raise NotImplementedError
 
 
 class StandIn(Protocol):

@@ -15,13 +15,21 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 from dtrain.autograd.grad_mode import grad_enabled, is_grad_enabled
 from dtrain.autograd.node import Node, check_saved, version_of
-from dtrain.autograd.saving import arrays_of, give, keeps, take, watch
+from dtrain.autograd.saving import Watcher, arrays_of, give, keeps, take, watch
 from dtrain.random import fork_rng, get_rng_state, set_rng_state
+from dtrain.utils.selective_checkpoint import (
+    CheckpointPolicy as CheckpointPolicy,
+    Selection,
+    SelectiveCheckpointContext as SelectiveCheckpointContext,
+    create_selective_checkpoint_contexts as create_selective_checkpoint_contexts,
+    selection,
+)
 
+T = TypeVar("T")
 ContextFn = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
 
 _early_stop: ContextVar[bool | None] = ContextVar("dtrain_checkpoint_early_stop", default=None)
@@ -53,7 +61,7 @@ def noop_context_fn() -> tuple[AbstractContextManager[Any], AbstractContextManag
     return nullcontext(), nullcontext()
 
 
-class _Region:
+class _Region(Watcher):
     """One call of `checkpoint`: told of the first run's nodes, it stands for what they kept."""
 
     def __init__(
@@ -70,8 +78,16 @@ class _Region:
         self.inputs.versions = tuple([version_of(value) for value in self.inputs.saved])
         self.nodes: list[weakref.ref[Node]] = []
         self.notes: list[tuple[Any, ...]] = []
+        self.selection: Selection | None = None
 
-    def recorded(self, node: Node) -> None:
+    def compute(self, op: Any, inputs: tuple[Any, ...], attrs: dict[str, Any]) -> Any:
+        if self.selection is None:
+            return super().compute(op, inputs, attrs)
+        return self.selection.first(op, inputs, attrs)
+
+    def recorded(self, node: Node, *results: Any) -> None:
+        if self.selection is not None:
+            self.selection.keep(results)
         if keeps(node):
             self.nodes.append(weakref.ref(node))
             self.notes.append(_describe(node))
@@ -88,19 +104,29 @@ class _Region:
         with fork_rng(enabled=self.rng is not None):
             if self.rng is not None:
                 set_rng_state(self.rng)
-            with self.context, watch(replay, enable=True), contextlib.suppress(_Stop):
+            with (
+                _selected_by(self.context) as replay.selection,
+                watch(replay, enable=True),
+                contextlib.suppress(_Stop),
+            ):
                 self.function(*args, **kwargs)
         replay.finish()
 
 
-class _Replay:
+class _Replay(Watcher):
     """The second run: told of its nodes, fills those of the first that still wait."""
 
     def __init__(self, region: _Region) -> None:
         self.region = region
         self.notes: list[tuple[Any, ...]] = []
+        self.selection: Selection | None = None
 
-    def recorded(self, node: Node) -> None:
+    def compute(self, op: Any, inputs: tuple[Any, ...], attrs: dict[str, Any]) -> Any:
+        if self.selection is None:
+            return super().compute(op, inputs, attrs)
+        return self.selection.again(op, inputs, attrs)
+
+    def recorded(self, node: Node, *results: Any) -> None:
         if not keeps(node):
             return
         region, i = self.region, len(self.notes)
@@ -162,7 +188,8 @@ def checkpoint(
 
     preserve_rng_state  (in kwargs, default True) run again with the default generator's state.
     use_reentrant   accepted; both values do the same, which is what False means in PyTorch.
-    context_fn      () -> two contexts, around the first and the second run.
+    context_fn      () -> two contexts, around the first and the second run. With
+                    `create_selective_checkpoint_contexts` results of some operations are kept.
     determinism_check   "default" compares operations, shapes and dtypes of both runs and raises
                     CheckpointError; "none" does not.
     debug           the error lists the operations of both runs.
@@ -190,8 +217,17 @@ def checkpoint(
     around = grad_enabled.get()
     if around is not True:
         around.recorded(region.inputs)
-    with first, watch(region):
+    with _selected_by(first) as region.selection, watch(region):
         return function(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _selected_by(context: AbstractContextManager[Any]) -> Iterator[Selection | None]:
+    """Enter `context`; gives the selection that it sets, which regions inside do not see."""
+    with _setting(selection, None), context:
+        chosen = selection.get()
+        with _setting(selection, None):
+            yield chosen
 
 
 def _chosen(setting: ContextVar[bool | None], given: bool) -> bool:
@@ -233,7 +269,7 @@ def _chain(steps: list[Callable[[Any], Any]]) -> Callable[[Any], Any]:
 
 
 @contextlib.contextmanager
-def _setting(setting: ContextVar[bool | None], value: bool | None) -> Iterator[None]:
+def _setting(setting: ContextVar[T], value: T) -> Iterator[None]:
     token = setting.set(value)
     try:
         yield
