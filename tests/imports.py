@@ -38,7 +38,7 @@ COMM = (
     ("comm.channel", "comm.arrays", "comm.parts", "comm.reduce"),
     ("comm.chain",),
     ("comm.window_algorithms", "comm.island_algorithms"),
-    ("comm.collectives", "comm.algorithms"),
+    ("comm.collectives", "comm.algorithms", "comm.shards"),
     ("comm.agreement", "comm.blame", "comm.monitored", "comm.point_to_point"),
     ("comm.fake", "comm.group", "comm.mpi", "comm.mpi_calls"),
     ("comm",),

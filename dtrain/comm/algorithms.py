@@ -14,6 +14,8 @@ part of a rank), S bytes in a rank's slice, P = max(1, ceil(S / PIECE)):
     small all_reduce, all_gather, all_to_all     N-1 messages, (N-1) B bytes
     large all_reduce (slices of equal length)    2 (N-1) P messages, 2 (N-1) S bytes
     reduce_scatter                               (N-1) P messages, (N-1) B bytes (S = B)
+    reduce_shards                                to each other rank its part, P messages
+    gather_shards                                N-1 messages, (N-1) S bytes, its own part to each
     large reduce                                 (N-1) P messages, (N-1) S bytes, and 1 of S bytes
     broadcast, scatter                           root N-1 messages, (N-1) B bytes; others 1 empty
     gather, small reduce                         others 1 message, B bytes; root N-1 empty ones
@@ -32,7 +34,7 @@ import numpy as np
 
 from dtrain.comm import island_algorithms, window_algorithms
 from dtrain.comm.channel import Channel
-from dtrain.comm.parts import pieces, rows
+from dtrain.comm.parts import Cuts, length, packed, pieces, rows, unpack
 from dtrain.comm.reduce import ReduceOp, combine
 from dtrain.comm.transports.mailbox import Array, Receive
 from dtrain.wire import CHUNK
@@ -45,8 +47,10 @@ __all__ = [
     "barrier",
     "broadcast",
     "gather",
+    "gather_shards",
     "reduce",
     "reduce_scatter",
+    "reduce_shards",
     "scatter",
 ]
 
@@ -186,6 +190,38 @@ def reduce_scatter(channel: Channel, inp: Array, out: Array, op: ReduceOp) -> No
     parts = [_pieces(part) for part in rows(inp, channel.size)]
     for _ in _reduce_parts(channel, parts, _pieces(out.reshape(-1)), op):
         pass  # complete
+
+
+@_or_through_memory
+def reduce_shards(
+    channel: Channel, inp: Array, out: Array, cuts: Sequence[Cuts], op: ReduceOp
+) -> None:
+    """As `reduce_scatter`, of parts that are packed first."""
+    parts = [_pieces(packed(inp, theirs)) for theirs in cuts]
+    ends = np.cumsum([piece.size for piece in parts[channel.rank]])[:-1]
+    for _ in _reduce_parts(channel, parts, np.split(out, ends), op):
+        pass  # complete
+
+
+@_or_through_memory
+def gather_shards(
+    channel: Channel, inp: Array, out: Array, cuts: Sequence[Cuts], shared: bool
+) -> None:
+    """Everybody sends his part to all others. In an array that all share there is nothing to send,
+    and who has come to the barrier has written.
+    """
+    if shared:
+        unpack(inp, out, cuts[channel.rank])
+        barrier(channel)
+        return
+    receives = [channel.post(peer, length(cuts[peer]) * inp.itemsize) for peer in channel.peers]
+    for peer in channel.peers:
+        channel.send(peer, inp)
+    unpack(inp, out, cuts[channel.rank])
+    for peer, receive in zip(channel.peers, receives, strict=True):
+        channel.wait(receive)
+        assert receive.data is not None
+        unpack(receive.data.view(inp.dtype), out, cuts[peer])
 
 
 @_or_through_memory

@@ -16,19 +16,28 @@ itself. barrier: ceil(log2 H) messages from each host's first rank. Larger sums:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from dtrain.comm import chain
 from dtrain.comm.channel import Channel
-from dtrain.comm.parts import pieces, rows
+from dtrain.comm.parts import Cuts, length, packed, pieces, rows, whence
 from dtrain.comm.reduce import ReduceOp, combine
 from dtrain.comm.transports.island import Island
 from dtrain.comm.transports.mailbox import Array
 from dtrain.comm.transports.window import HALF
 
-__all__ = ["SMALL", "all_gather", "all_reduce", "barrier", "broadcast", "reduce_scatter"]
+__all__ = [
+    "SMALL",
+    "all_gather",
+    "all_reduce",
+    "barrier",
+    "broadcast",
+    "gather_shards",
+    "reduce_scatter",
+    "reduce_shards",
+]
 
 # While all contributions together have fewer bytes, everybody gets all of them and adds for
 # himself: one way over the network is shorter than there and back.
@@ -103,6 +112,37 @@ def reduce_scatter(channel: Channel, inp: Array, out: Array, op: ReduceOp) -> No
     else:
         parts = inp.reshape(channel.size, -1)
         chain.reduce_rows(channel, parts, out.reshape(-1), op, shared=False)
+
+
+def reduce_shards(
+    channel: Channel, inp: Array, out: Array, cuts: Sequence[Cuts], op: ReduceOp
+) -> None:
+    """As `reduce_scatter` of parts that are made equally long, with zeros."""
+    parts = np.zeros((channel.size, max(map(length, cuts))), out.dtype)
+    for part, theirs in zip(parts, cuts, strict=True):
+        part[: length(theirs)] = packed(inp, theirs)
+    total = np.empty(parts.shape[1], out.dtype)
+    reduce_scatter(channel, parts, total, op)
+    np.copyto(out, total[: out.size])
+
+
+def gather_shards(
+    channel: Channel, inp: Array, out: Array, cuts: Sequence[Cuts], shared: bool
+) -> None:
+    """Each piece crosses to a host once. In an array that the ranks of a host share each writes
+    what it has brought there, its own and what it carries; else each writes all.
+    """
+    island = _island(channel)
+    mine = {channel.rank, *island.carried}
+    longest = np.empty(max(map(length, cuts)), inp.dtype)
+    longest[: inp.size], longest[inp.size :] = inp, 0
+    for piece, shown in _gathered(channel, longest):
+        for rank, array in enumerate(shown):
+            if not shared or rank in mine:
+                for there, here in whence(cuts[rank], piece):
+                    out[here] = array[there]
+    if shared:
+        channel.phase()
 
 
 def broadcast(channel: Channel, buf: Array, root: int) -> None:

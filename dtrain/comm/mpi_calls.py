@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 
 from dtrain.comm import collectives as c
+from dtrain.comm.parts import length, packed, unpack
 from dtrain.comm.point_to_point import Recv, Send
 from dtrain.comm.reduce import ReduceOp
+from dtrain.comm.shards import GatherShards, ReduceShards
 from dtrain.comm.transports.mailbox import Array
 from dtrain.errors import DistBackendError, WrongSize
 
@@ -178,6 +180,31 @@ def _barrier(call: c.Barrier, comm: Any) -> Started:
     return [comm.Ibarrier()], _nothing_left
 
 
+def _reduce_shards(call: ReduceShards, comm: Any) -> Started:
+    parts = np.concatenate([packed(call.inp, cuts) for cuts in call.cuts])
+    work = _prepared(call.op, parts.astype(call.out.dtype, copy=False))
+    total = np.empty(call.out.shape, work.dtype)
+    counts = [length(cuts) for cuts in call.cuts]
+    request = comm.Ireduce_scatter(work, total, counts, _operator(call.op, work.dtype))
+
+    def finish(statuses: list[Any]) -> None:
+        _deliver(call.op, total, call.out, comm.size)
+
+    return [request], finish
+
+
+def _gather_shards(call: GatherShards, comm: Any) -> Started:
+    counts = [length(cuts) * call.inp.itemsize for cuts in call.cuts]
+    parts = np.empty(sum(counts), np.uint8)
+    request = comm.Iallgatherv(_bytes(call.inp), [parts, counts, mpi().BYTE])
+
+    def finish(statuses: list[Any]) -> None:
+        for own, cuts in zip(np.split(parts, np.cumsum(counts)[:-1]), call.cuts, strict=True):
+            unpack(own.view(call.out.dtype), call.out, cuts)
+
+    return [request], finish
+
+
 def _send(call: Send, comm: Any) -> Started:
     return [comm.Isend(_bytes(call.buf), call.dst, call.tag)], _nothing_left
 
@@ -199,5 +226,6 @@ _STARTERS: dict[type, Callable[[Any, Any], Started]] = {
     **{c.AllReduce: _all_reduce, c.Reduce: _reduce, c.ReduceScatter: _reduce_scatter},
     **{c.Broadcast: _broadcast, c.AllGather: _all_gather, c.AllToAll: _all_to_all},
     **{c.Gather: _gather, c.Scatter: _scatter, c.Barrier: _barrier},
+    **{ReduceShards: _reduce_shards, GatherShards: _gather_shards},
     **{Send: _send, Recv: _recv},
 }

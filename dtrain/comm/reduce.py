@@ -130,12 +130,14 @@ def check_op(op: ReduceOp, dtype: np.dtype[Any], where: str) -> None:
 def combine(op: ReduceOp, contributions: Sequence[Array], out: Array) -> None:
     """Combine one array per rank, in rank order, into `out`; all have the same shape and dtype.
 
+    Contributions of 16-bit floats may also be combined into float32, which is not rounded then.
     `out` may be the very memory of one contribution (an all-reduce in place). If that one comes
     third or later, the first contribution is used as scratch and overwritten: it must then be the
     caller's to spoil. Each step is one NumPy call with `out=`, which releases the GIL when it is
     large.
     """
-    if out.itemsize == 2 and out.dtype in (_FLOAT16, _BFLOAT16):
+    given = contributions[0].dtype
+    if given.itemsize == 2 and given in (_FLOAT16, _BFLOAT16):
         _quiet.copy().run(_combine_wide, op, contributions, out)
     else:
         _quiet.copy().run(_combine, op, contributions, out)

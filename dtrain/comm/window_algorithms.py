@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dtrain.comm.channel import Channel
-from dtrain.comm.parts import pieces, rows, slices
+from dtrain.comm.parts import Cuts, length, pieces, rows, slices, unpack, whence, where
 from dtrain.comm.reduce import ReduceOp, combine, finish, fold, widened
 from dtrain.comm.transports.mailbox import Array, as_bytes
 from dtrain.comm.transports.window import HALF, NOWHERE
@@ -33,8 +33,10 @@ __all__ = [
     "barrier",
     "broadcast",
     "gather",
+    "gather_shards",
     "reduce",
     "reduce_scatter",
+    "reduce_shards",
     "scatter",
 ]
 
@@ -196,6 +198,46 @@ def reduce_scatter(channel: Channel, inp: Array, out: Array, op: ReduceOp) -> No
         columns = parts[:, piece]
         shown = channel.share(columns, columns.shape, flat)
         combine(op, [array[channel.rank] for array in shown], flat[piece])
+
+
+def reduce_shards(
+    channel: Channel, inp: Array, out: Array, cuts: Sequence[Cuts], op: ReduceOp
+) -> None:
+    """Each rank adds what is its own, right into `out`."""
+    mine, places = cuts[channel.rank], _places(channel, inp, inp.nbytes)
+    if NOWHERE not in places:
+        arrays = _in_place(channel, places, inp)
+        for piece in pieces(inp.size, inp.itemsize, _STEP):
+            _add_own([array[piece] for array in arrays], mine, piece, out, op)
+        channel.phase()
+        return
+    for piece in pieces(inp.size, inp.itemsize, HALF):
+        part = inp[piece]
+        _add_own(channel.share(part, part.shape, inp), mine, piece, out, op)
+
+
+def _add_own(arrays: Sequence[Array], mine: Cuts, window: slice, out: Array, op: ReduceOp) -> None:
+    for there, here in where(mine, window):
+        _combine_read_only(op, [array[there] for array in arrays], out[here])
+
+
+def gather_shards(
+    channel: Channel, inp: Array, out: Array, cuts: Sequence[Cuts], shared: bool
+) -> None:
+    if shared:
+        unpack(inp, out, cuts[channel.rank])
+        channel.meet()
+        return
+    window = channel.window
+    assert window is not None
+    for piece in pieces(max(map(length, cuts)), inp.itemsize, HALF):
+        own = inp[piece]
+        shown = window.next_half_as((piece.stop - piece.start,), inp.dtype)
+        shown[channel.rank][: own.size] = own
+        channel.step()
+        for array, theirs in zip(shown, cuts, strict=True):
+            for there, here in whence(theirs, piece):
+                out[here] = array[there]
 
 
 def all_gather(channel: Channel, inp: Array, out: Array) -> None:

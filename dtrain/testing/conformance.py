@@ -19,7 +19,9 @@ import numpy as np
 
 from dtrain.comm import collectives as c
 from dtrain.comm.group import ProcessGroup
+from dtrain.comm.parts import Cuts, length, slices
 from dtrain.comm.reduce import ReduceOp, check_op
+from dtrain.comm.shards import GatherShards, ReduceShards
 from dtrain.comm.transports.base import ANY_SOURCE, Factory, Transport
 from dtrain.comm.transports.mailbox import Array
 from dtrain.errors import PeerLost, TransportTimeout
@@ -306,6 +308,28 @@ def _all_to_all(
     )
 
 
+def _cuts(size: int, n: int) -> list[Cuts]:
+    """n elements and a few more: shards of two parameters and a tail that everybody has."""
+    step = -(-n // size)  # as torch.chunk divides
+    first = [slice(min(r * step, n), min((r + 1) * step, n)) for r in range(size)]
+    second = [slice(n + cut.start, n + cut.stop) for cut in slices(n, size)]
+    return [(first[r], second[r], slice(2 * n, 2 * n + 3)) for r in range(size)]
+
+
+def _reduce_shards(
+    size: int, n: int, draw: Callable[[Any], Array], op: ReduceOp
+) -> list[c.Collective]:
+    cuts = _cuts(size, n)
+    return _every(size, lambda r: ReduceShards(draw(2 * n + 3), draw(length(cuts[r])), cuts, op))
+
+
+def _gather_shards(
+    size: int, n: int, draw: Callable[[Any], Array], op: ReduceOp
+) -> list[c.Collective]:
+    cuts = [own[:2] for own in _cuts(size, n)]
+    return _every(size, lambda r: GatherShards(draw(length(cuts[r])), draw(2 * n), cuts))
+
+
 # {kind: (size, count, draw, op) -> the calls of all ranks}; `draw(shape)` gives fresh values
 COLLECTIVES: dict[str, Make] = {
     "all_reduce": lambda s, n, draw, op: _every(s, lambda r: c.AllReduce(draw(n), op)),
@@ -322,10 +346,12 @@ COLLECTIVES: dict[str, Make] = {
         s, lambda r: c.ReduceScatter(draw((s, n)), draw(n), op)
     ),
     "all_to_all": _all_to_all,
+    "reduce_shards": _reduce_shards,
+    "gather_shards": _gather_shards,
     "barrier": lambda s, n, draw, op: _every(s, lambda r: c.Barrier()),
 }
 
-_REDUCING = ("all_reduce", "reduce", "reduce_scatter")
+_REDUCING = ("all_reduce", "reduce", "reduce_scatter", "reduce_shards")
 
 
 def make_calls(

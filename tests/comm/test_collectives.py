@@ -95,6 +95,13 @@ def _expected(kind, rank, n, count):
     part = [4 * (s.stop - s.start) for s in slices(count, n)]
     pieces = [max(1, math.ceil(each / algorithms.PIECE)) for each in part]
     to_others = sum(pieces) - pieces[rank]
+    if kind in ("reduce_shards", "gather_shards"):  # two parameters, and 3 numbers for everybody
+        step = math.ceil(count / n)
+        shard = [part[r] + 4 * max(0, min(step, count - r * step)) for r in range(n)]
+        if kind == "gather_shards":
+            return others, others * shard[rank]
+        theirs = [12 + each for r, each in enumerate(shard) if r != rank]
+        return sum(max(1, math.ceil(each / algorithms.PIECE)) for each in theirs), sum(theirs)
     if kind == "all_reduce" and large:
         return to_others + others * pieces[rank], (b - part[rank]) + others * part[rank]
     if kind == "reduce" and large:
@@ -128,7 +135,9 @@ def test_messages_and_bytes_are_the_closed_forms(kind, size, monkeypatch):
         assert sent == [_expected(kind, r, size, count) for r in range(size)], count
 
 
-@pytest.mark.parametrize("kind", ["all_reduce", "reduce", "reduce_scatter"])
+@pytest.mark.parametrize(
+    "kind", ["all_reduce", "reduce", "reduce_scatter", "reduce_shards", "gather_shards"]
+)
 def test_messages_and_bytes_are_the_same_over_sockets(kind, monkeypatch):
     """60,011 numbers are 240 KB: slices of two pieces of 64 KB."""
     monkeypatch.setattr(algorithms, "PIECE", 64_000)

@@ -15,7 +15,7 @@ import logging
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dtrain.comm.store.base import Store
@@ -103,6 +103,9 @@ class Transport(ABC):
     # Memory that the ranks of this host share: the one or the other's.
     memory: Window | None = None
 
+    # Who can share an array with this rank (`lend`, `borrow`), itself too; none: nobody.
+    neighbours: Sequence[int] = ()
+
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
         self.peers = [r for r in range(size) if r != rank]
@@ -112,6 +115,20 @@ class Transport(ABC):
         self.closed = False
         self.on_news: Callable[[int, bytes], None] = lambda source, body: None
         self._owner, self._forks = os.getpid(), _forks
+
+    # ---- arrays that neighbours share
+
+    def lend(self, nbytes: int) -> int:
+        """Set aside memory for all neighbours; returns the place by which they `borrow` it, or
+        `NOWHERE` (and warns) when there is no more.
+
+        It is used again when all of them have let go of it.
+        """
+        raise NotImplementedError(f"the {self.name} transport has no memory to share")
+
+    def borrow(self, rank: int, place: int, nbytes: int) -> Array:
+        """The bytes at `place` of the neighbour `rank`, lent just now."""
+        raise NotImplementedError(f"the {self.name} transport has no memory to share")
 
     # ---- what each medium brings
 

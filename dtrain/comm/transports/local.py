@@ -10,6 +10,8 @@ import itertools
 import os
 import weakref
 
+import numpy as np
+
 from dtrain.comm.store.base import Store
 from dtrain.comm.transports.base import Transport, rendezvous, seconds_left
 from dtrain.comm.transports.mailbox import Array, Mailbox, as_bytes
@@ -19,6 +21,7 @@ __all__ = ["LocalTransport"]
 
 _endpoints: weakref.WeakValueDictionary[str, LocalTransport] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
+_lent: weakref.WeakValueDictionary[int, Array] = weakref.WeakValueDictionary()  # {place: memory}
 
 
 class LocalTransport(Transport):
@@ -28,6 +31,8 @@ class LocalTransport(Transport):
 
     def __init__(self, store: Store, rank: int, size: int, timeout: float) -> None:
         super().__init__(rank, size)
+        self.neighbours = range(size)
+        self._lending: Array | None = None  # kept until those it was lent to have it
         address = str(next(_numbers))
         _endpoints[address] = self
         peers = rendezvous(store, rank, size, address, timeout)
@@ -41,6 +46,15 @@ class LocalTransport(Transport):
         self._peers = [_endpoints.get(peer.address) for peer in peers]
         for gone in [r for r, peer in enumerate(self._peers) if peer is None]:
             self.mailbox.lose(gone, PeerLost(gone))  # unless it has said goodbye to this mailbox
+
+    def lend(self, nbytes: int) -> int:
+        self._lending = np.empty(nbytes, np.uint8)
+        place = next(_numbers)
+        _lent[place] = self._lending
+        return place
+
+    def borrow(self, rank: int, place: int, nbytes: int) -> Array:
+        return _lent[place]
 
     def _send(self, dst: int, tag: int, buf: Array, note: bytes) -> None:
         self._box(dst).begin(self.rank, tag, note, buf.nbytes, as_bytes(buf), owned=False)

@@ -24,7 +24,8 @@ from dtrain.comm.topology import Placement, host_id
 from dtrain.comm.transports import futex
 from dtrain.comm.transports.handover import Offer
 from dtrain.comm.transports.island import Island
-from dtrain.comm.transports.window import Segment, Window
+from dtrain.comm.transports.mailbox import Array
+from dtrain.comm.transports.window import NOWHERE, Segment, Window
 from dtrain.comm.transports.zmq import ZmqTransport
 from dtrain.errors import PeerLost
 from dtrain.wire import dumps, loads
@@ -110,6 +111,14 @@ class ShmTransport(ZmqTransport):
             self.window = window
         else:
             self.island = Island(window, placement, self.rank)
+        self.neighbours = placement.hosts[placement.host_of[self.rank]]
+
+    def lend(self, nbytes: int) -> int:
+        return NOWHERE if self.memory is None else self.memory.lend(nbytes)
+
+    def borrow(self, rank: int, place: int, nbytes: int) -> Array:
+        assert self.memory is not None
+        return self.memory.borrow(self.neighbours.index(rank), place, nbytes)
 
     def _tell_all(
         self, store: Store, key: str, trouble: str, value: object, timeout: float

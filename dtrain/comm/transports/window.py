@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dtrain.comm.transports import futex
-from dtrain.comm.transports.heap import Heap
+from dtrain.comm.transports.heap import ALIGNMENT, Heap
 from dtrain.comm.transports.mailbox import Array
 
 __all__ = ["HALF", "NOWHERE", "Segment", "Window"]
@@ -99,7 +99,7 @@ class Window:
         self.rank, self.size = rank, len(descriptors)
         self.phase = 0
         self._segment = segment
-        maps = [_map(descriptor) for descriptor in descriptors]
+        maps = self._maps = [_map(descriptor) for descriptor in descriptors]
         self._own_map = maps[rank]
         self._bytes = [np.frombuffer(m, np.uint8) for m in maps]
         self._control = [m[:_PAGE].cast("q") for m in maps]
@@ -116,6 +116,7 @@ class Window:
         self._look_at, self._patience = _CORE_LOOK, _CORE_LOOK
         if self.size > cores:
             self._look_at = sys.maxsize
+        self._lent: list[tuple[Array, Array]] = []  # (who has let go of it, memory) for all ranks
         self._watched: dict[int, int] = {}  # {descriptor that tells of a process's end: rank}
         self._ends = select.poll()
         try:
@@ -272,6 +273,33 @@ class Window:
             raise
         return start, stop
 
+    def lend(self, nbytes: int) -> int:
+        """Set aside memory of this rank for all; its place, or `NOWHERE` when there is none.
+
+        In front of it stands a byte for each rank: not 0 when the rank has let go of it. What all
+        have let go of is used again, by this rank's next `lend`.
+        """
+        self._lent = [(gone, memory) for gone, memory in self._lent if not gone.all()]
+        memory = self.empty((self._front + nbytes,), np.uint8)
+        place = self.place_of(memory)
+        if place != NOWHERE:
+            memory[: self.size] = 0
+            self._lent.append((memory[: self.size], memory))
+        return place
+
+    def borrow(self, owner: int, place: int, nbytes: int) -> Array:
+        """The bytes that `owner` has lent at `place`; this rank lets go with its last view."""
+        # Every view's base is this array, which is therefore the last one to go.
+        array = np.frombuffer(self._maps[owner], np.uint8, nbytes, place + self._front)
+        own = self._bytes[owner][place + self.rank : place + self.rank + 1]
+        weakref.finalize(array, own.fill, 1).atexit = False
+        return array[:]
+
+    @property
+    def _front(self) -> int:
+        """Bytes in front of lent memory."""
+        return -(-self.size // ALIGNMENT) * ALIGNMENT
+
     def place_of(self, array: Array) -> int:
         """Where `array` lives in this rank's part, or `NOWHERE`."""
         place = int(array.__array_interface__["data"][0]) - self._addresses[self.rank]
@@ -304,6 +332,7 @@ class Window:
 
     def close(self) -> None:
         """Give back the descriptors. The memory goes with the last array that lives in it."""
+        self._lent = []
         self._close_watches()
         self._segment.close()
 
