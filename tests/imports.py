@@ -39,7 +39,7 @@ COMM = (
     ("comm.chain",),
     ("comm.window_algorithms", "comm.island_algorithms"),
     ("comm.collectives", "comm.algorithms", "comm.shards"),
-    ("comm.agreement", "comm.blame", "comm.monitored", "comm.point_to_point"),
+    ("comm.agreement", "comm.blame", "comm.monitored", "comm.point_to_point", "comm.sharing"),
     ("comm.fake", "comm.group", "comm.mpi", "comm.mpi_calls"),
     ("comm",),
 )

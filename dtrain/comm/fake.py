@@ -79,10 +79,6 @@ class FakeGroup:
         """An uninitialised array."""
         return np.empty(shape, dtype)
 
-    def share(self, shape: int | Sequence[int], dtype: npt.DTypeLike) -> Array | None:
-        """None, as over messages; a rank alone gets an ordinary array."""
-        return np.empty(shape, dtype) if self.size == 1 else None
-
     def split(
         self,
         ranks: Sequence[int],

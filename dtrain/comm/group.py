@@ -11,7 +11,6 @@ anything is sent and harm nobody.
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections import Counter, deque
@@ -28,7 +27,7 @@ from dtrain import env
 from dtrain.comm.agreement import STALL, Agreement, Disturbed
 from dtrain.comm.blame import explained, words_of
 from dtrain.comm.channel import Channel
-from dtrain.comm.collectives import AllGather, AllReduce, Collective
+from dtrain.comm.collectives import Collective
 from dtrain.comm.point_to_point import Pending, Recv, Send
 from dtrain.comm.record import (
     POINT_TO_POINT,
@@ -37,13 +36,11 @@ from dtrain.comm.record import (
     Recorder,
     call_site,
 )
-from dtrain.comm.reduce import ReduceOp
 from dtrain.comm.store.base import Store
 from dtrain.comm.store.prefix import PrefixStore
 from dtrain.comm.topology import members_of
 from dtrain.comm.transports.base import Factory, create
 from dtrain.comm.transports.mailbox import Array
-from dtrain.comm.transports.window import NOWHERE
 from dtrain.comm.work import Work
 from dtrain.errors import (
     CollectiveMismatch,
@@ -101,7 +98,6 @@ class ProcessGroup:
         self.runs_aside = self.transport.runs_aside
         self._recorder = Recorder.of(name, rank, size)
         self._agreement = Agreement(name, self.transport, self._recorder, env.stall_warning())
-        self._shares = 0  # arrays made by `share`
         self._children: Counter[str] = Counter()  # {members: how many groups of them were made}
         # All below changes under `_lock` only.
         self._lock = threading.RLock()
@@ -346,35 +342,6 @@ class ProcessGroup:
         window = self.transport.memory
         wanted = (shape,) if isinstance(shape, int) else tuple(shape)
         return np.empty(wanted, dtype) if window is None else window.empty(wanted, dtype)
-
-    def share(self, shape: int | Sequence[int], dtype: npt.DTypeLike) -> Array | None:
-        """An uninitialised array that the ranks of this host have in common: a collective call.
-
-        What one of them writes the others see; who may when is theirs to agree on (a barrier). Its
-        memory is used again when all of them have let go of it and its views. None on all ranks
-        when some host's ranks have no memory to share: on messages alone, or used up (with a
-        RuntimeWarning). Waits for all ranks; sends a few bytes. The memory is taken from each rank
-        of a host in turn.
-        """
-        wanted = (shape,) if isinstance(shape, int) else tuple(shape)
-        kind = np.dtype(dtype)
-        nbytes = math.prod(wanted) * kind.itemsize
-        if self.size == 1 or nbytes == 0:
-            return np.empty(wanted, kind)
-        neighbours = self.transport.neighbours
-        if not neighbours:
-            return None
-        owner = neighbours[self._shares % len(neighbours)]
-        self._shares += 1
-        mine = np.full(1, self.transport.lend(nbytes) if owner == self.rank else NOWHERE, np.int64)
-        places = np.empty(self.size, np.int64)
-        self.submit(AllGather(mine, places))
-        found = None
-        if places[owner] != NOWHERE:
-            found = self.transport.borrow(owner, int(places[owner]), nbytes)
-        lacks = np.array(found is None)
-        self.submit(AllReduce(lacks, ReduceOp.MAX))  # and everybody has borrowed
-        return None if found is None or lacks else found.view(kind).reshape(wanted)
 
     def split(
         self,

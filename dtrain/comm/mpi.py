@@ -109,10 +109,6 @@ class MpiGroup:
         """An uninitialised array."""
         return np.empty(shape, dtype)
 
-    def share(self, shape: int | Sequence[int], dtype: npt.DTypeLike) -> Array | None:
-        """None: there is no memory to share; a rank alone gets an ordinary array."""
-        return np.empty(shape, dtype) if self.size == 1 else None
-
     def split(
         self,
         ranks: Sequence[int],

@@ -77,7 +77,7 @@ class ReduceShards(Collective):
 class GatherShards(Collective):
     """Put the packed `inp` of every rank into the pieces of `out` that belong to it, everywhere.
 
-    `shared`: `out` is one array for all ranks of a host (`ProcessGroup.share`); when the call is
+    `shared`: `out` is one array for all ranks of a host (`sharing.share`); when the call is
     complete all of it may be read. Nobody may read it from before the first rank's call until then.
     """
 

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 
 import dtrain as torch
 import dtrain.distributed as dist
-from dtrain.comm.point_to_point import Recv
 from dtrain.comm.parts import packed
+from dtrain.comm.point_to_point import Recv
 from dtrain.comm.reduce import ReduceOp, check_op
 from dtrain.errors import CollectiveTimeout, DistBackendError, GroupAborted
 from dtrain.testing.conformance import COLLECTIVES, DTYPES, OPS, make_calls

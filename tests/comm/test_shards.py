@@ -16,6 +16,7 @@ from dtrain.comm import collectives as c
 from dtrain.comm.parts import packed, unpack, whence, where
 from dtrain.comm.reduce import AVG, combine
 from dtrain.comm.shards import GatherShards, ReduceShards
+from dtrain.comm.sharing import share
 from dtrain.comm.transports import futex
 from dtrain.testing.conformance import check_group
 from dtrain.testing.world import run_world
@@ -47,7 +48,7 @@ def test_windows_over_the_pieces_meet_each_element_once(step):
 
 
 def write_and_read(group):
-    array = group.share((3, group.size), np.float32)
+    array = share(group, (3, group.size), np.float32)
     array[:, group.rank] = group.rank
     group.submit(c.Barrier())
     return array.tolist()
@@ -72,7 +73,7 @@ def test_each_host_has_its_own():
 
 @pytest.mark.parametrize(("transport", "size"), [("zmq", 2), ("local", 1)])
 def test_without_memory_to_share(transport, size):
-    found = run_world(size, lambda group: group.share(4, np.int8), transport=transport)
+    found = run_world(size, lambda group: share(group, 4, np.int8), transport=transport)
     assert [array is None for array in found] == [size > 1] * size
 
 
@@ -80,13 +81,13 @@ def reuse(group):
     """The places of three arrays; the second is made when the first is gone, the third not."""
     places = []
     for _ in range(2):
-        array = group.share(5000, np.uint8)
+        array = share(group, 5000, np.uint8)
         places.append(array.__array_interface__["data"][0])
         view = array[100:200]
         del array
         gc.collect()
         group.submit(c.Barrier())
-        again = [group.share(5000, np.uint8) for _ in range(2 * group.size - 1)]  # `view` lives
+        again = [share(group, 5000, np.uint8) for _ in range(2 * group.size - 1)]  # `view` lives
         assert not any(np.may_share_memory(view, other) for other in again)
         del view, again
         gc.collect()
@@ -100,7 +101,7 @@ def test_memory_is_used_again_when_all_have_let_go():
 
 
 def gather_shared(group):
-    out = group.share(6, np.int32)
+    out = share(group, 6, np.int32)
     cuts = [[slice(2 * r, 2 * r + 2)] for r in range(3)]
     group.submit(GatherShards(np.full(2, group.rank, np.int32), out, cuts, shared=True))
     return out.tolist()

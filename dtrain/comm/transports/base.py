@@ -105,6 +105,7 @@ class Transport(ABC):
 
     # Who can share an array with this rank (`lend`, `borrow`), itself too; none: nobody.
     neighbours: Sequence[int] = ()
+    shares = 0  # how many arrays have been shared so far
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
