@@ -141,6 +141,12 @@ NAMES = {
         always_wrap_policy lambda_auto_wrap_policy transformer_auto_wrap_policy
         size_based_auto_wrap_policy ModuleWrapPolicy CustomPolicy enable_wrap wrap
         _or_policy _module_wrap_policy""",
+    "dtrain.distributed.pipelining": """
+        PipelineStage ScheduleGPipe Schedule1F1B ScheduleInterleaved1F1B ScheduleLoopedBFS""",
+    "dtrain.distributed.pipelining.schedules": "get_schedule_class",
+    "dtrain.distributed.pipelining.microbatch": (
+        "TensorChunkSpec split_args_kwargs_into_chunks merge_chunks"
+    ),
     "dtrain.distributed.nn": "functional all_reduce",
     "dtrain.distributed.nn.functional": """
         broadcast gather scatter reduce reduce_scatter all_gather all_to_all all_to_all_single

@@ -157,6 +157,7 @@ _LAZY = (
     "fsdp",
     "nn",
     "optim",
+    "pipelining",
 )
 _LAZY_NAMES = ("DeviceMesh", "init_device_mesh")
 

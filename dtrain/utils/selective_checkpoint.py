@@ -160,4 +160,4 @@ def _name_of(entry: Any) -> str:
     name = op if isinstance(op, str) else getattr(op, "name", None) or op.__name__
     if name not in OPS:
         raise ValueError(f"there is no operation {name!r} in dtrain.autograd.op.OPS")
-    return name  # type: ignore[no-any-return]
+    return name

@@ -25,6 +25,18 @@ def test_hello_collectives():
         )
 
 
+def test_pipeline_gpt():
+    """The losses of two stages are those of one; the bubble of 4 microbatches is 1 / 5."""
+    options = ["--steps", 20, "--width", 32, "--layers", 2, "--context", 16, "--microbatches", 4]
+    script = EXAMPLES / "pipeline_gpt.py"
+    one, two = (dtrun(n, script, "--data", script, *options) for n in (1, 2))
+    assert one.code == two.code == 0, one.err + two.err
+    losses = [re.findall(r"loss (\d\.\d+)", ended.out) for ended in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+    assert float(losses[1][1]) < float(losses[1][0]) - 0.1
+    assert re.search(r"1F1B, 2 stages, 4 microbatches: bubble \d+%, of equal stages 20%", two.out)
+
+
 @pytest.mark.parametrize("ranks", [0, 2], ids=["one process", "two ranks"])
 def test_train_digits(ranks):
     script, options = EXAMPLES / "train_digits.py", ["--epochs", 6]
