@@ -1,4 +1,4 @@
-"""What goes wrong in a pipeline: a stage that dies, arguments that are refused; errors say where."""
+"""What goes wrong in a pipeline: a stage dies, arguments are refused; errors say where."""
 
 from __future__ import annotations
 
