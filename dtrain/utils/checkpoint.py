@@ -223,11 +223,9 @@ def checkpoint(
 
 @contextlib.contextmanager
 def _selected_by(context: AbstractContextManager[Any]) -> Iterator[Selection | None]:
-    """Enter `context`; gives the selection that it sets, which regions inside do not see."""
+    """Enter `context`; gives the selection that it sets itself, not one of a region around."""
     with _setting(selection, None), context:
-        chosen = selection.get()
-        with _setting(selection, None):
-            yield chosen
+        yield selection.get()
 
 
 def _chosen(setting: ContextVar[bool | None], given: bool) -> bool:

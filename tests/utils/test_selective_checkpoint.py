@@ -179,6 +179,26 @@ def test_a_kept_result_that_was_changed_is_refused():
     assert np.isfinite(h.grad.numpy()).all()
 
 
+def test_a_view_is_not_kept():
+    """A change through a view must reach what it is a view of, in the second run, too."""
+
+    def region(x):
+        y = x * 1.0
+        y[0].mul_(3.0)
+        return y.exp()
+
+    gradients = []
+    for way in (region, lambda x: checkpoint(region, x, context_fn=selecting(views))):
+        x = torch.ones(2, 2, requires_grad=True)
+        way(x).sum().backward()
+        gradients.append(x.grad.tolist())
+    assert gradients[0] == gradients[1]
+
+
+def views(context, op, *args, **kwargs):
+    return op.view
+
+
 def test_refused_arguments():
     with pytest.raises(TypeError, match="must be either a function or a list of ops"):
         create_selective_checkpoint_contexts("linear")

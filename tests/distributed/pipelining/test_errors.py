@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+
 import pytest
 
 import dtrain as torch
@@ -14,7 +18,8 @@ from dtrain.distributed.pipelining import (
     get_schedule_class,
 )
 from dtrain.errors import PeerLost
-from dtrain.testing.distributed import run_distributed
+from dtrain.testing.distributed import joined, run_distributed
+from dtrain.testing.world import run_ranks
 from tests.distributed.pipelining.cases import WIDTH, batch_of, mine
 
 nn, F = torch.nn, torch.nn.functional
@@ -37,6 +42,40 @@ def test_a_stage_that_dies_is_named_by_its_neighbours():
     assert first[0] == last[0] == 1
     assert "on pipeline stage 0 (rank 0)" in first[1]
     assert last[1] == ("in the forward pass of microbatch 0 (of 4) on pipeline stage 2 (rank 2)")
+
+
+class Deadly(nn.Linear):
+    """Kills its process in the third microbatch."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(x)
+
+
+def _one_is_killed(group):
+    with joined(group):
+        rank, x = group.rank, torch.ones(8, WIDTH)
+        part = (Deadly if rank == 1 else nn.Linear)(WIDTH, WIDTH)
+        schedule = Schedule1F1B(PipelineStage(part, rank, 3), 4, F.mse_loss)
+        clock = time.monotonic()
+        try:
+            schedule.step(x, target=x)
+        except PeerLost as error:
+            return [error.rank, error.__notes__[-1], time.monotonic() - clock]
+
+
+def test_a_killed_stage_is_seen_at_once():
+    outcomes = run_ranks(3, _one_is_killed, transport="shm", processes=True)
+    assert outcomes[1].status == -signal.SIGKILL
+    for rank in (0, 2):
+        lost, note, seconds = outcomes[rank].value
+        assert lost == 1
+        assert f"on pipeline stage {rank} (rank {rank})" in note
+        assert seconds < 2  # 0.1 s on an idle machine
 
 
 def one_stage(module, microbatches=2, loss_fn=F.mse_loss):
@@ -62,7 +101,9 @@ def test_errors_name_stage_and_microbatch():
         assert (
             "forward pass of microbatch 1 (of 2) on pipeline stage 0" in caught.value.__notes__[-1]
         )
-        assert torch.equal(schedule.step(x, target=y), x)  # nothing is left behind
+        schedule.eval(x)
+        assert not schedule._stages[0]._held  # nothing is left behind
+        assert torch.equal(schedule.step(x, target=y), x)
 
     run_distributed(1, rank_main)
 

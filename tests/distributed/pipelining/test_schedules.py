@@ -18,9 +18,10 @@ from dtrain.distributed.pipelining import (
     TensorChunkSpec,
     get_schedule_class,
 )
-from dtrain.distributed.pipelining.boundary import ANNOUNCED
+from dtrain.distributed.pipelining.boundary import ANNOUNCED, Boundary
 from dtrain.distributed.pipelining.microbatch import sum_reducer
 from dtrain.nn.parallel import DistributedDataParallel as DDP
+from dtrain.profiler import profile
 from dtrain.testing.distributed import run_distributed
 from tests.distributed.pipelining.cases import BATCH, WIDTH, batch_of, layers, mine
 from tests.tree import ROOT
@@ -60,6 +61,7 @@ def pipelined(name, stages, microbatches):
         output = schedule.step(x, target=y, losses=losses)
         assert (output is not None) == last
         assert len(losses) == (microbatches if last else 0)
+        assert not any(loss.requires_grad for loss in losses)
         optimizer.step()
         found.append(sum(loss.item() for loss in losses) / len(losses) if last else None)
     return found, {part.stage_index: [p.detach().numpy() for p in part.submod.parameters()]
@@ -167,6 +169,35 @@ def test_bytes_and_messages():
         forward, back = rank < stages - 1, rank > 0
         messages = (microbatches + 1) * forward + microbatches * back
         assert counts == [(messages, (size + ANNOUNCED) * forward + size * back)] * 2
+
+
+def test_boundaries_between_the_same_ranks_do_not_mix():
+    def rank_main():
+        rank = dist.get_rank()
+        boundaries = [Boundary(dist.group.WORLD, stage, 1 - rank) for stage in (0, 2)]
+        if rank == 0:
+            for stage, boundary in enumerate(boundaries):
+                boundary.send([torch.full((2 + stage,), float(stage))], True)
+        else:
+            for stage in (1, 0):
+                (got,), _ = boundaries[stage].receive()
+                assert got.tolist() == [float(stage)] * (2 + stage)
+        dist.barrier()
+
+    run_distributed(2, rank_main)
+
+
+def test_passes_are_on_the_timeline():
+    def rank_main():
+        (part,) = mine(2)
+        x, y = batch_of(0)
+        with profile() as timeline:
+            Schedule1F1B(part, 2, F.mse_loss).step(x, target=y)
+        return [e.name for e in timeline.events() if e.category == "pipeline"]
+
+    found = run_distributed(2, rank_main)
+    assert found[0] == ["forward 0F0", "forward 0F1", "backward 0B0", "backward 0B1"]
+    assert found[1] == ["forward 1F0", "backward 1B0", "forward 1F1", "backward 1B1"]
 
 
 class Counting(PipelineStage):
@@ -357,11 +388,14 @@ def test_pipelines_beside_each_other_under_ddp():
                     process_group=mesh.get_group("dp"))  # fmt: skip
         stage = PipelineStage(model, place, 2, group=mesh.get_group("pp"))
         schedule = Schedule1F1B(stage, 3, F.mse_loss)
+        calls = []
+        mesh.get_group("dp").register_pre_hook(0, lambda call: calls.append(call.name))
         for step in range(2):  # buckets are arranged anew in the second
             model.zero_grad()
             x, y = batch_of(step)
             half = slice(replica * 6, replica * 6 + 6)
             schedule.step(x[half], target=y[half])
+        assert calls.count("all_reduce") == 2  # of one bucket
         return [p.grad.numpy() for p in model.parameters()]
 
     model = nn.Sequential(*layers())
