@@ -269,9 +269,9 @@ class PipelineScheduleMulti(_PipelineSchedule):
     def __init__(
         self, stages: list[PipelineStage], n_microbatches: int,
         loss_fn: Callable[..., Tensor] | None = None, args_chunk_spec: Any = None,
-        kwargs_chunk_spec: Any = None, output_merge_spec: Any = None,
-        use_full_backward: bool | None = None, scale_grads: bool = True,
+        kwargs_chunk_spec: Any = None, output_merge_spec: Any = None, scale_grads: bool = True,
         backward_requires_autograd: bool = True, defer_pp_recv: bool = False,
+        use_full_backward: bool | None = None,
     ) -> None:  # fmt: skip
         if not stages:
             raise ValueError("a schedule needs the stages of this rank, but the list is empty")
