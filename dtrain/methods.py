@@ -13,6 +13,7 @@ from dtrain import dtypes, legacy
 from dtrain.autograd.grad_mode import grad_enabled
 from dtrain.autograd.node import make
 from dtrain.autograd.promotion import cast
+from dtrain.autograd.value import need_whole
 from dtrain.ops import (
     activation,
     arithmetic as ar,
@@ -73,6 +74,7 @@ def relaid(function: Callable[..., Any]) -> Callable[..., Any]:
     def method(self: Tensor, *args: Any) -> Any:
         if grad_enabled.get() and self.requires_grad:
             self._check_writable()
+        need_whole("a relayout in place", self)
         result = function(make(self._data, self._node), *args)
         self._data, self._node = result._data, result._node
         self._bump_version()

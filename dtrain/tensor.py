@@ -17,7 +17,7 @@ from dtrain import dtypes
 from dtrain.autograd import engine
 from dtrain.autograd.handle import HookTable, RemovableHandle
 from dtrain.autograd.node import make, register_tensor_class
-from dtrain.autograd.value import Value, Version
+from dtrain.autograd.value import Value, Version, need_whole
 from dtrain.device import device
 from dtrain.interop import Interop, parse_to as parse_to, rebuild as rebuild
 from dtrain.ops import index as ix, shape as sh
@@ -293,6 +293,17 @@ class Tensor(Interop):
 
     def _move(self, result: Value) -> None:
         move(self, result)
+
+    # --- what differs for a tensor that is a part of a larger one (value.PARTS) ---
+
+    def _kin(self, data: np.ndarray) -> Any:
+        """A tensor over an array that belongs to this one's memory element by element."""
+        return make(data)
+
+    def _adopt(self, value: Any, dtype: Any) -> Any:
+        """A copy of a loaded tensor that belongs to this one, in a NumPy dtype."""
+        need_whole("load_state_dict into a plain tensor", value)
+        return make(value._data.astype(dtype))
 
     # --- indexing and memory ---
 

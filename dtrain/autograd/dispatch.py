@@ -1,7 +1,8 @@
 """What a call of an op does: from arrays to arrays, from Tensors to a Tensor with its Node.
 
 One function for each kind of op. The binary one is spelt out in full, because a small multiply
-with gradient must cost about what its NumPy call costs (benchmarks/ops.py).
+with gradient must cost about what its NumPy call costs (benchmarks/ops.py). Where a tensor is a
+part of a larger one (value.PARTS), its class computes: not even a shape is looked at here.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dtrain.autograd.node import (
     save_result,
     select_output,
 )  # fmt: skip
-from dtrain.autograd.value import Value
+from dtrain.autograd.value import PARTS, Value
 
 if TYPE_CHECKING:
     from dtrain.autograd.op import Op
@@ -44,6 +45,12 @@ def record(op: Op, inputs: tuple[Any, ...], result: Value, attrs: dict[str, Any]
     return node
 
 
+def _elsewhere(op: Op, inputs: tuple[Any, ...], attrs: dict[str, Any]) -> Any:
+    """What the class of the first part among the inputs makes of the call."""
+    first = next(v.__class__ for v in inputs if v.__class__ in PARTS)
+    return PARTS[first](op, inputs, attrs)
+
+
 def binary(op: Op, promote: Callable[..., Any] | None) -> Callable[..., Any]:
     forward = op.forward
     differentiable = op.vjp is not None
@@ -57,6 +64,8 @@ def binary(op: Op, promote: Callable[..., Any] | None) -> Callable[..., Any]:
             y = b._data
         except AttributeError:
             return mixed(a, b)
+        if PARTS and (a.__class__ in PARTS or b.__class__ in PARTS):
+            return _elsewhere(op, (a, b), {})
         # Arrays that were unpickled have dtype objects of their own, equal but not identical.
         if x.dtype is not y.dtype and promote is not None and x.dtype != y.dtype:
             return promote(call, a, b)
@@ -128,6 +137,8 @@ def _with_number(
         tensor, number = (b, a) if left else (a, b)
         if not isinstance(tensor, Value):
             return forward(a, b)
+        if PARTS and tensor.__class__ in PARTS:
+            return _elsewhere(op, (a, b), {})
         x = tensor._data
         if keeps is None or (x.dtype.kind, number.__class__) not in keeps:
             return promote(call, a, b) if promote else call(*map(_boxed, (a, b)))
@@ -196,6 +207,8 @@ def unary(op: Op, promote: Callable[..., Any] | None) -> Callable[..., Any]:
     def call(a: Any) -> Any:
         if not isinstance(a, Value):
             return forward(a)
+        if PARTS and a.__class__ in PARTS:
+            return _elsewhere(op, (a,), {})
         x = a._data
         if promote is not None and x.dtype.kind in "biu":
             return promote(call, a)
@@ -219,6 +232,8 @@ def single(op: Op, view: bool) -> Callable[..., Any]:
     def call(x: Any, **attrs: Any) -> Any:
         if not isinstance(x, Value):
             return forward(x, **attrs)[0] if aux else forward(x, **attrs)
+        if PARTS and x.__class__ in PARTS:
+            return _elsewhere(op, (x,), attrs)
         data = x._data
         mode = differentiable and x._wants_grad() and _recording()
         if mode is True or not mode:
@@ -259,6 +274,8 @@ def general(op: Op, view: bool, outputs: int) -> Callable[..., Any]:
 
     def call(*inputs: Any, **attrs: Any) -> Any:
         boxed = [v for v in inputs if isinstance(v, Value)]
+        if PARTS and any(v.__class__ in PARTS for v in boxed):
+            return _elsewhere(op, inputs, attrs)
         arrays = [v._data if isinstance(v, Value) else v for v in inputs]
         mode = differentiable and _recording()
         if mode and not any(v._wants_grad() for v in boxed):

@@ -23,7 +23,7 @@ from dtrain import dtypes
 from dtrain.autograd.grad_mode import grad_enabled, set_mode
 from dtrain.autograd.node import SELECT, Node, check_saved, edge_of, make, release
 from dtrain.autograd.op import ALIAS
-from dtrain.autograd.value import Value
+from dtrain.autograd.value import Value, need_whole
 
 _by_seq = attrgetter("seq")
 
@@ -378,6 +378,7 @@ def backward(
     inputs: Sequence[Any] | None = None,
 ) -> None:
     """Accumulate gradients of `roots` into the leaves (or only into `inputs`, leaves or not)."""
+    need_whole("autograd.backward", *roots)
     if inputs is not None and len(inputs) == 0:
         raise RuntimeError("`inputs` argument to `backward()` cannot be empty.")
     edges, first = start(roots, grads, create_graph)
@@ -398,6 +399,7 @@ def grad_of(
     allow_unused: bool,
 ) -> list[Any]:
     """Gradients of `roots` with respect to `inputs`, as Tensors; None where unused."""
+    need_whole("autograd.grad", *roots, *inputs)
     edges, first = start(roots, grads, create_graph)
     work = Pass(create_graph, retain_graph, places_of(inputs), into_grad=False)
     execute(work, edges, first)

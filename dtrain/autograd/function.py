@@ -16,7 +16,7 @@ from dtrain.autograd.grad_mode import grad_enabled
 from dtrain.autograd.node import Node, check_saved, edge_of, make, select_output, version_of
 from dtrain.autograd.op import sum_to_shape
 from dtrain.autograd.promotion import cast
-from dtrain.autograd.value import Value, Version
+from dtrain.autograd.value import Value, Version, need_whole
 from dtrain.dtypes import from_numpy
 
 
@@ -168,6 +168,7 @@ class Function:
     @classmethod
     def apply(cls, *args: Any) -> Any:
         """Run forward without recording, then attach one node that calls backward."""
+        need_whole(cls.__name__, *args)
         needs = tuple([isinstance(a, Value) and a._wants_grad() for a in args])
         ctx = FunctionCtx(needs)
         recording = any(needs) and grad_enabled.get()  # True, or who watches

@@ -76,6 +76,9 @@ class Value:
             self._refresh_view()
         return self._requires_grad
 
+    # Who is only a part of a larger tensor (DTensor) says so in PARTS, and here.
+    _total_norms: Any = None  # (tensors, norms of the parts, order) -> norms of the wholes
+
     # What ops know how to do, for the engine and custom functions below them; Tensor overrides.
 
     def _refresh_view(self) -> None:
@@ -89,6 +92,21 @@ class Value:
 
     def _bump_version(self) -> None:
         """Count one change of the memory."""
+
+
+# {class of tensors whose `_data` is a part of their values: (op, inputs, attributes) -> result}.
+# Ops hand over to it. Empty in most programs, so that asking costs nothing.
+PARTS: dict[type, Any] = {}
+
+
+def need_whole(name: str, *values: Any) -> None:
+    """Refuse what is a part of a larger tensor, for functions that look at arrays themselves.
+
+    RuntimeError that names the function and what to do.
+    """
+    for value in values if PARTS else ():
+        if value.__class__ in PARTS:
+            value._refuse(name)
 
 
 def array_of(x: Any) -> Any:

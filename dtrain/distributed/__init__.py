@@ -158,6 +158,7 @@ _LAZY = (
     "nn",
     "optim",
     "pipelining",
+    "tensor",
 )
 _LAZY_NAMES = ("DeviceMesh", "init_device_mesh")
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from dtrain import dtypes
 from dtrain.autograd.node import make
+from dtrain.autograd.value import need_whole
 from dtrain.device import device
 from dtrain.tensor import Size, Tensor
 
@@ -85,6 +86,7 @@ def _leaf(value: Any, path: str) -> msgpack.ExtType:
         return _extension(DEVICE, str(value))
     for code, base in ((TENSOR, Tensor), (ARRAY, np.ndarray), (SCALAR, np.generic)):
         if isinstance(value, base):
+            need_whole("sending it as an object", value)
             array = value._data if isinstance(value, Tensor) else np.asarray(value)
             return _extension(code, _array_parts(array, path))
     raise TypeError(

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from dtrain.autograd.grad_mode import is_grad_enabled
+from dtrain.autograd.value import need_whole
 from dtrain.comm.arrays import describe
 from dtrain.distributed.work import Work
 from dtrain.distributed.world import GroupMember, ProcessGroup
@@ -31,6 +32,7 @@ def check_tensor(tensor: Any, name: str) -> Tensor:
             f"Invalid function argument. Expected parameter `{name}` of type torch.Tensor\n"
             f"             but got {type(tensor)} instead."
         )
+    need_whole("a collective", tensor)
     if is_grad_enabled() and tensor.grad_fn is not None:
         _warn(f"`{name}` is part of a graph")
     return tensor
@@ -52,6 +54,7 @@ def check_list(tensors: Any, name: str) -> list[Tensor]:
             f"Invalid function argument. Expected parameter `{name}` of type List[torch.Tensor]\n"
             f"             but got {kinds} instead."
         )
+    need_whole("a collective", *tensors)
     if is_grad_enabled() and any(t.grad_fn is not None for t in tensors):
         _warn(f"a tensor of `{name}` is part of a graph")
     return list(tensors)

@@ -12,6 +12,7 @@ import numpy as np
 
 from dtrain import dtypes
 from dtrain.autograd.node import make
+from dtrain.autograd.value import PARTS
 from dtrain.tensor import Tensor, rebuild
 
 
@@ -24,10 +25,14 @@ def _over(cls: type[Tensor], data: Tensor | None, requires_grad: bool | None) ->
             f"cannot make a {cls.__name__} of a {type(data).__name__}: expected a Tensor; "
             f"use {cls.__name__}(dtrain.tensor(...))"
         )
+    if requires_grad is None:
+        requires_grad = data._requires_grad
+    if data.__class__ in PARTS:
+        return data._as_leaf(cls, requires_grad)  # type: ignore[attr-defined]
     source = data.detach()
     self = rebuild(cls, source._data, False)
     self._version = source._version
-    self.requires_grad = data._requires_grad if requires_grad is None else requires_grad
+    self.requires_grad = requires_grad
     return self
 
 

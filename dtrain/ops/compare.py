@@ -13,7 +13,7 @@ from dtrain import dtypes
 from dtrain.autograd.node import make
 from dtrain.autograd.op import define
 from dtrain.autograd.promotion import ARITHMETIC, COMPARISON, together
-from dtrain.autograd.value import Value
+from dtrain.autograd.value import Value, need_whole
 
 eq = define("eq", np.equal, promote=COMPARISON)
 ne = define("ne", np.not_equal, promote=COMPARISON)
@@ -68,6 +68,7 @@ def where(condition: Any, input: Any = None, other: Any = None) -> Any:
     With the condition alone: a tuple of index tensors. Source: torch.where.
     """
     if input is None and other is None:
+        need_whole("where", condition)
         return tuple(make(i) for i in np.nonzero(condition._data))
     if isinstance(condition, Value) or isinstance(input, Value) or isinstance(other, Value):
         input, other = together(input, other)
@@ -89,6 +90,7 @@ def isclose(
     input: Any, other: Any, rtol: float = 1e-05, atol: float = 1e-08, equal_nan: bool = False
 ) -> Any:
     """Where `|input - other| <= atol + rtol * |other|`. Source: torch.isclose."""
+    need_whole("isclose", input, other)
     _same_dtype(input, other)
     close = np.isclose(input._data, other._data, rtol=rtol, atol=atol, equal_nan=equal_nan)
     return make(close)
@@ -109,4 +111,5 @@ def allclose(
 
 def equal(input: Any, other: Any) -> bool:
     """Whether shapes and all elements are equal. Source: torch.equal."""
+    need_whole("equal", input, other)
     return bool(np.array_equal(input._data, other._data))

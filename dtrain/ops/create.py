@@ -13,18 +13,23 @@ import numpy as np
 
 from dtrain import dtypes
 from dtrain.autograd.node import make
-from dtrain.autograd.value import Value
+from dtrain.autograd.value import Value, need_whole
 from dtrain.device import device as Device
 from dtrain.ops.join import stack
 
 Array = np.ndarray
 
 
-def finish(array: Array, device: Any = None, requires_grad: bool = False) -> Any:
-    """A leaf tensor over `array`, with the options every factory takes."""
+def finish(
+    array: Array, device: Any = None, requires_grad: bool = False, beside: Any = None
+) -> Any:  # fmt: skip
+    """A leaf tensor over `array`, with the options every factory takes.
+
+    `beside`: the tensor whose elements these belong to, if there is one.
+    """
     if device is not None and not isinstance(device, Device):
         Device(device)  # raises for anything but the CPU
-    t = make(array)
+    t = make(array) if beside is None else beside._kin(array)
     if requires_grad:
         t.requires_grad = True
     return t
@@ -97,6 +102,7 @@ def _ragged(data: Any, dim: int) -> Exception | None:
 
 
 def _array_from(data: Any, dtype: dtypes.dtype | None) -> Array:
+    need_whole("making a tensor", data)
     array = data._data if isinstance(data, Value) else _infer(data, dtype)
     dtypes.from_numpy(array.dtype if dtype is None else dtype.numpy)
     return array if dtype is None else array.astype(dtype.numpy, copy=False)
@@ -110,6 +116,7 @@ def legacy_array(args: tuple[Any, ...], kind: np.dtype[Any]) -> Array:
     if len(args) == 1 and not isinstance(args[0], (int, np.integer)):
         data = args[0]
         if isinstance(data, Value):
+            need_whole("making a tensor", data)
             return data._data.astype(kind, copy=False)  # type: ignore[no-any-return]
         if isinstance(data, tuple) and hasattr(data, "numel"):  # a Size
             return np.empty(data, kind)
@@ -171,7 +178,7 @@ def _filled(name: str, fill: Callable[..., Array]) -> tuple[Callable[..., Any], 
         requires_grad: bool = False,
     ) -> Any:  # fmt: skip
         kind = input._data.dtype if dtype is None else dtype.numpy
-        return finish(fill(input._data.shape, kind), device, requires_grad)
+        return finish(fill(input._data.shape, kind), device, requires_grad, input)
 
     def new(
         self: Any, *size: Any, dtype: dtypes.dtype | None = None, device: Any = None,
@@ -218,10 +225,8 @@ def full_like(
     requires_grad: bool = False,
 ) -> Any:  # fmt: skip
     """`full` with the shape and dtype of `input`. Source: torch.full_like."""
-    return full(
-        input.shape, fill_value, dtype=dtype or input.dtype, device=device,
-        requires_grad=requires_grad,
-    )  # fmt: skip
+    own = full(input._data.shape, fill_value, dtype=dtype or input.dtype, device=device)
+    return finish(own._data, None, requires_grad, input)
 
 
 def new_full(
@@ -325,6 +330,7 @@ def meshgrid(*tensors: Any, indexing: str = "ij") -> tuple[Any, ...]:
         raise RuntimeError(
             f"torch.meshgrid: indexing must be one of 'xy' or 'ij', but received: {indexing}"
         )
+    need_whole("meshgrid", *tensors)
     order: Any = indexing
     grids = np.meshgrid(*[t._data for t in tensors], indexing=order)
     return tuple(make(np.ascontiguousarray(g)) for g in grids)

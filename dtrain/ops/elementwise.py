@@ -13,7 +13,7 @@ import numpy as np
 from dtrain.autograd.node import make
 from dtrain.autograd.op import define
 from dtrain.autograd.promotion import FLOATING
-from dtrain.autograd.value import Value
+from dtrain.autograd.value import Value, need_whole
 from dtrain.ops.compare import where
 
 
@@ -152,6 +152,7 @@ def nan_to_num(
     Source: torch.nan_to_num.
     """
     if input._data.dtype.kind in "biu":
+        need_whole("nan_to_num of integers", input)
         return make(input._data.copy())
     limits = np.finfo(input._data.dtype)
     top = float(limits.max) if posinf is None else posinf

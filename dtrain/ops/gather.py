@@ -13,7 +13,7 @@ from dtrain import dtypes
 from dtrain.autograd.node import make
 from dtrain.autograd.op import define
 from dtrain.autograd.promotion import cast
-from dtrain.autograd.value import Value, array_of
+from dtrain.autograd.value import Value, array_of, need_whole
 from dtrain.ops.compare import where
 from dtrain.ops.index import getitem, place
 from dtrain.ops.shape import axis_of, broadcast_to, reshape
@@ -245,6 +245,7 @@ def nonzero(input: Any, *, as_tuple: bool = False) -> Any:
 
     Source: torch.nonzero.
     """
+    need_whole("nonzero", input)
     found = np.nonzero(np.atleast_1d(input._data))
     if as_tuple:
         return tuple(make(i) for i in found)
@@ -293,7 +294,7 @@ def masked_fill(input: Any, mask: Any, value: Any) -> Any:
             )
         if value._requires_grad:
             return where(mask, cast(value, dtype=dtypes.from_numpy(input._data.dtype)), input)
-        value = value._data.item()
+        value = value.item()  # type: ignore[attr-defined]
     return _masked_fill(input, mask, value=value)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from dtrain.autograd.grad_mode import grad_enabled
 from dtrain.autograd.op import define
-from dtrain.autograd.value import Value
+from dtrain.autograd.value import Value, need_whole
 from dtrain.ops.compare import where
 
 Index = tuple[Any, ...]
@@ -89,12 +89,14 @@ def _part(part: Any) -> Any:
 
 def _index_array(part: Any) -> np.ndarray:
     if isinstance(part, (list, range)):
+        need_whole("an index", *part)
         part = [p._data if isinstance(p, Value) else p for p in part]
     elif not isinstance(part, (Value, np.ndarray, np.integer, np.bool_, bool)):
         raise IndexError(
             "only integers, slices (`:`), ellipsis (`...`), None and long or byte Variables are "
             f"valid indices (got {type(part).__name__})"
         )
+    need_whole("an index", part)
     array = np.asarray(part._data if isinstance(part, Value) else part)
     if array.size == 0 and array.dtype.kind == "f":
         return array.astype(np.int64)  # x[[]] selects nothing

@@ -21,7 +21,7 @@ from dtrain.autograd.handle import HookTable
 from dtrain.autograd.node import make
 from dtrain.autograd.op import OPS, record
 from dtrain.autograd.promotion import cast
-from dtrain.autograd.value import Value, Version
+from dtrain.autograd.value import PARTS, Value, Version, need_whole
 from dtrain.ops.create import number_for
 from dtrain.ops.index import Index, getitem, index_error, index_put, split_index
 from dtrain.ops.shape import reshape
@@ -128,6 +128,9 @@ def _directly(tensor: Value, op: Any, args: tuple[Any, ...], kwargs: dict[str, A
 
 def update(tensor: Value, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`function(tensor, ...)` written into `tensor`, which is returned."""
+    if PARTS and tensor.__class__ in PARTS:
+        return tensor._update(function, args, kwargs)  # type: ignore[attr-defined]
+    need_whole("a change in place of a plain tensor", *args, *kwargs.values())
     op = getattr(function, "op", None)
     if not _recording(tensor, args):
         if not _directly(tensor, op, args, kwargs):
@@ -147,6 +150,10 @@ def update(tensor: Value, function: Callable[..., Any], *args: Any, **kwargs: An
 
 def put(tensor: Value, index: Any, value: Any, *, part: bool = True) -> None:
     """`tensor[index] = value`; `part` is False when the index means all of it."""
+    if PARTS and tensor.__class__ in PARTS:
+        tensor._put(index, value, part)  # type: ignore[attr-defined]
+        return
+    need_whole("assignment to a plain tensor", value)
     first, then = split_index(index)
     if first and then:  # the ints and slices choose a view, the index arrays write into it
         tensor, first = getitem(tensor, first), ()

@@ -12,7 +12,7 @@ import numpy as np
 
 from dtrain import dtypes
 from dtrain.autograd.op import define, make
-from dtrain.autograd.value import Value
+from dtrain.autograd.value import Value, need_whole
 from dtrain.ops.activation import log_softmax
 from dtrain.ops.gather import take_along_dim
 from dtrain.ops.reduce import mean, sum
@@ -189,6 +189,7 @@ def cross_entropy(
         if ignore_index >= 0:
             raise RuntimeError("ignore_index is not supported for floating point target")
         return _soft_cross_entropy(input, target, weight, reduction, label_smoothing)
+    need_whole("a weight of cross_entropy", weight)
     rows, classes = _class_rows(input, target)
     loss = _cross_entropy(
         rows, classes, weight=None if weight is None else weight._data,
@@ -209,7 +210,7 @@ def _soft_cross_entropy(
         terms = terms * reshape(weight, (classes,) + (1,) * (input.ndim - 1 - dim))
     losses = -sum(terms, dim)
     if reduction == "mean":
-        return sum(losses) / max(1, losses._data.size)
+        return sum(losses) / max(1, losses.numel())
     return reduced(losses, reduction)
 
 

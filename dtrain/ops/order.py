@@ -12,7 +12,7 @@ import numpy as np
 
 from dtrain.autograd.node import make
 from dtrain.autograd.op import define
-from dtrain.autograd.value import array_of
+from dtrain.autograd.value import array_of, need_whole
 from dtrain.ops.index import getitem
 from dtrain.ops.shape import Dim, axes_of, axis_of, expand, reshape
 
@@ -50,6 +50,7 @@ def repeat_interleave(input: Any, repeats: Any, dim: int | None = None) -> Any:
     if dim is None:
         input, dim = reshape(input, (-1,)), 0
     axis = axis_of(dim, input.ndim)
+    need_whole("repeat_interleave", repeats)
     counts = array_of(repeats)
     size = input.shape[axis]
     if np.size(counts) not in (1, size):

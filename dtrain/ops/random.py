@@ -13,7 +13,7 @@ import numpy as np
 
 from dtrain import dtypes
 from dtrain.autograd.node import make
-from dtrain.autograd.value import Value
+from dtrain.autograd.value import Value, need_whole
 from dtrain.generator import Generator
 from dtrain.ops.create import finish, shape_of
 from dtrain.ops.inplace import put
@@ -37,6 +37,7 @@ def _drawn(name: str, draw: Callable[..., np.ndarray]) -> tuple[Callable[..., An
         input: Any, *, generator: Generator | None = None, dtype: dtypes.dtype | None = None,
         device: Any = None, requires_grad: bool = False,
     ) -> Any:  # fmt: skip
+        need_whole(f"{name}_like", input)
         kind = dtype or input.dtype
         return finish(draw(source_of(generator), input._data.shape, kind), device, requires_grad)
 
@@ -78,6 +79,7 @@ def normal(
 ) -> Any:
     """Normal numbers; mean and std may be tensors, `size` is for two numbers. Source: torch."""
     if isinstance(mean, Value) or isinstance(std, Value):
+        need_whole("normal", mean, std)
         shape = np.broadcast_shapes(
             mean._data.shape if isinstance(mean, Value) else (),
             std._data.shape if isinstance(std, Value) else (),
@@ -91,6 +93,7 @@ def normal(
 
 def bernoulli(input: Any, p: float | None = None, *, generator: Generator | None = None) -> Any:
     """0 or 1 with the probabilities in `input` (or `p` everywhere). Source: torch.bernoulli."""
+    need_whole("bernoulli", input)
     source = source_of(generator)
     drawn = source.bernoulli(input._data) if p is None else source.bernoulli(p, input._data.shape)
     return make(drawn.astype(input._data.dtype, copy=False))
@@ -100,6 +103,7 @@ def multinomial(
     input: Any, num_samples: int, replacement: bool = False, *, generator: Generator | None = None
 ) -> Any:
     """Indices (int64) drawn with the weights in `input` (n) or (rows, n). Source: torch."""
+    need_whole("multinomial", input)
     return make(source_of(generator).multinomial(input._data, num_samples, replacement))
 
 
@@ -114,7 +118,7 @@ def _fill(self: Any, drawn: np.ndarray) -> Any:
 
 def uniform_(self: Any, a: float = 0, b: float = 1, *, generator: Generator | None = None) -> Any:
     """Fill with uniform numbers in [a, b). Source: torch.Tensor.uniform_."""
-    return _fill(self, source_of(generator).uniform(self._data.shape, self.dtype, a, b))
+    return _fill(self, source_of(generator).uniform(tuple(self.shape), self.dtype, a, b))
 
 
 def normal_(
@@ -123,17 +127,17 @@ def normal_(
     """Fill with normal numbers. Source: torch.Tensor.normal_."""
     if std < 0:
         raise RuntimeError(f"normal expects std >= 0.0, but found std {std}")
-    return _fill(self, source_of(generator).normal(self._data.shape, self.dtype, mean, std))
+    return _fill(self, source_of(generator).normal(tuple(self.shape), self.dtype, mean, std))
 
 
 def exponential_(self: Any, lambd: float = 1, *, generator: Generator | None = None) -> Any:
     """Fill with exponential numbers of rate `lambd`. Source: torch.Tensor.exponential_."""
-    return _fill(self, source_of(generator).exponential(self._data.shape, self.dtype, lambd))
+    return _fill(self, source_of(generator).exponential(tuple(self.shape), self.dtype, lambd))
 
 
 def bernoulli_(self: Any, p: Any = 0.5, *, generator: Generator | None = None) -> Any:
     """Fill with 0 and 1 of probability p (a number). Source: torch.Tensor.bernoulli_."""
-    drawn = source_of(generator).bernoulli(p, self._data.shape)
+    drawn = source_of(generator).bernoulli(p, tuple(self.shape))
     return _fill(self, drawn.astype(self._data.dtype, copy=False))
 
 
@@ -144,6 +148,6 @@ def random_(
     """Fill with integers: in [low, high), in [0, low), or over the dtype's range. Source: torch."""
     source = source_of(generator)
     if low is None:
-        return _fill(self, source.random(self._data.shape, self.dtype))
+        return _fill(self, source.random(tuple(self.shape), self.dtype))
     start, stop = (0, low) if high is None else (low, high)
-    return _fill(self, source.randint(start, stop, self._data.shape, self.dtype))
+    return _fill(self, source.randint(start, stop, tuple(self.shape), self.dtype))

@@ -21,7 +21,7 @@ from dtrain.ops.gather import take_along_dim
 from dtrain.ops.join import cat, narrow
 from dtrain.ops.order import flip
 from dtrain.ops.scan import cumprod
-from dtrain.ops.shape import Dim, axes_of, axis_of, expand, numpy_names, squeeze
+from dtrain.ops.shape import Dim, axes_of, axis_of, expand, numel, numpy_names, squeeze
 
 
 def spread(g: Any, axes: tuple[int, ...], keepdim: bool, shape: tuple[int, ...]) -> Any:
@@ -258,9 +258,9 @@ def _kind(g: Any) -> dtypes.dtype:
     return dtypes.from_numpy(array_of(g).dtype)
 
 
-def _check_reducible(x: np.ndarray, dim: Any, name: str) -> None:
+def _check_reducible(x: Any, dim: Any, name: str) -> None:
     """An extremum of nothing has no value; torch's sentences."""
-    if x.size:
+    if numel(x):
         return
     if dim is None:
         raise RuntimeError(
@@ -286,7 +286,7 @@ _amin = define(
 def amax(input: Any, dim: Dim = (), keepdim: bool = False) -> Any:
     """The maximum over `dim`; ties share the gradient. Source: torch.amax."""
     axes = axes_of(dim, input.ndim)
-    _check_reducible(array_of(input), axes, "amax")
+    _check_reducible(input, axes, "amax")
     return _amax(input, dim=axes, keepdim=keepdim)
 
 
@@ -294,7 +294,7 @@ def amax(input: Any, dim: Dim = (), keepdim: bool = False) -> Any:
 def amin(input: Any, dim: Dim = (), keepdim: bool = False) -> Any:
     """The minimum over `dim`; ties share the gradient. Source: torch.amin."""
     axes = axes_of(dim, input.ndim)
-    _check_reducible(array_of(input), axes, "amin")
+    _check_reducible(input, axes, "amin")
     return _amin(input, dim=axes, keepdim=keepdim)
 
 
@@ -319,7 +319,7 @@ def argmin(input: Any, dim: int | None = None, keepdim: bool = False) -> Any:
 
 def _scan_axis(input: Any, dim: int | None, name: str) -> int | None:
     axis = None if dim is None or input.ndim == 0 else axis_of(dim, input.ndim)
-    _check_reducible(array_of(input), axis, name)
+    _check_reducible(input, axis, name)
     return axis
 
 
@@ -335,7 +335,7 @@ def _extremum(input: Any, args: tuple[Any, ...], keepdim: bool, name: str) -> An
     largest = name == "max"
     reduced, argument = (_amax, argmax) if largest else (_amin, argmin)
     if not args:
-        _check_reducible(array_of(input), None, name)
+        _check_reducible(input, None, name)
         return reduced(input, dim=axes_of(None, input.ndim), keepdim=False)
     if isinstance(args[0], Value):
         return (arithmetic.maximum if largest else arithmetic.minimum)(input, args[0])
@@ -343,7 +343,7 @@ def _extremum(input: Any, args: tuple[Any, ...], keepdim: bool, name: str) -> An
     keep = args[1] if len(args) > 1 else keepdim
     if input.ndim == 0:
         return values_and_indices(input.reshape(()), argument(input))
-    _check_reducible(array_of(input), dim, name)
+    _check_reducible(input, dim, name)
     index = argument(input, dim, True)
     values = take_along_dim(input, index, dim)
     if not keep:

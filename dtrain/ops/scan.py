@@ -13,7 +13,7 @@ from dtrain import dtypes
 from dtrain.autograd.node import make
 from dtrain.autograd.op import define
 from dtrain.autograd.promotion import cast
-from dtrain.autograd.value import array_of
+from dtrain.autograd.value import array_of, need_whole
 from dtrain.ops.gather import take_along_dim
 from dtrain.ops.join import cat, narrow
 from dtrain.ops.order import flip
@@ -85,6 +85,7 @@ def cumprod(input: Any, dim: int, *, dtype: dtypes.dtype | None = None) -> Any:
 
 def _running(input: Any, dim: int, function: np.ufunc) -> tuple[Any, Any]:
     """Running extrema and where each stands, the latest among equals as in torch."""
+    need_whole("a running extremum", input)
     axis = axis_of(dim, input.ndim)
     x = array_of(input)
     if x.ndim == 0:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from dtrain.autograd.op import define, sum_to_shape
-from dtrain.autograd.value import array_of
+from dtrain.autograd.value import PARTS, array_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 Dim = int | tuple[int, ...] | list[int] | None
@@ -69,6 +69,8 @@ def _rand(*shape: int) -> np.ndarray:
 
 def numel(input: Any) -> int:
     """How many elements a Tensor or array has. Source: torch.numel."""
+    if PARTS and input.__class__ in PARTS:
+        return input.numel()  # type: ignore[no-any-return]
     return array_of(input).size  # type: ignore[no-any-return]
 
 
@@ -121,12 +123,12 @@ def reshape(input: Any, shape: Sequence[int]) -> Any:
 
     Source: torch.reshape.
     """
-    return _reshape(input, shape=resolve_shape(shape, array_of(input).size))
+    return _reshape(input, shape=resolve_shape(shape, numel(input)))
 
 
 def view(input: Any, shape: Sequence[int]) -> Any:
     """`reshape` that never copies: RuntimeError where the strides do not allow a view."""
-    return _view(input, shape=resolve_shape(shape, array_of(input).size))
+    return _view(input, shape=resolve_shape(shape, numel(input)))
 
 
 def flatten(input: Any, start_dim: int = 0, end_dim: int = -1) -> Any:

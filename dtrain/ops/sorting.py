@@ -11,7 +11,7 @@ import numpy as np
 
 from dtrain.autograd.node import make
 from dtrain.autograd.op import define
-from dtrain.autograd.value import array_of
+from dtrain.autograd.value import array_of, need_whole
 from dtrain.ops.gather import take_along_dim
 from dtrain.ops.join import narrow
 from dtrain.ops.order import contiguous
@@ -80,6 +80,7 @@ def median(input: Any, dim: int | None = None, keepdim: bool = False) -> Any:
     """
     if dim is None:
         return median(reshape(input, (-1,)), 0).values
+    need_whole("median", input)
     x = array_of(input)
     axis = axis_of(dim, x.ndim)
     size = x.shape[axis]
@@ -102,6 +103,7 @@ def unique(
 
     With inverse and counts if asked. Source: torch.unique.
     """
+    need_whole("unique", input)
     values, inverse, counts = np.unique(
         input._data, return_inverse=True, return_counts=True, axis=dim
     )
@@ -117,6 +119,7 @@ def unique_consecutive(
     input: Any, return_inverse: bool = False, return_counts: bool = False
 ) -> Any:
     """The flattened elements without repetitions of neighbours. Source: torch, without `dim`."""
+    need_whole("unique_consecutive", input)
     flat = input._data.reshape(-1)
     first = np.concatenate((np.ones(min(flat.size, 1), bool), flat[1:] != flat[:-1]))
     found = [make(flat[first])]
@@ -132,6 +135,7 @@ def unique_consecutive(
 
 def bincount(input: Any, weights: Any = None, minlength: int = 0) -> Any:
     """How often each value 0..max occurs in a vector, or the sum of its weights. Source: torch."""
+    need_whole("bincount", input, weights)
     x = input._data
     if x.ndim != 1 or x.dtype.kind not in "iu" or (x.size and x.min() < 0):
         raise RuntimeError("bincount only supports 1-d non-negative integral inputs.")
@@ -148,6 +152,7 @@ def searchsorted(
 
     Source: torch.searchsorted, for 1-D sequences.
     """
+    need_whole("searchsorted", sorted_sequence, values)
     if sorted_sequence.ndim != 1:
         raise NotImplementedError("searchsorted: only 1-D sorted sequences are supported")
     found = np.searchsorted(
@@ -163,4 +168,5 @@ def bucketize(input: Any, boundaries: Any, *, right: bool = False) -> Any:
 
 def isin(elements: Any, test_elements: Any, *, invert: bool = False) -> Any:
     """Which elements are among `test_elements`. Source: torch.isin."""
+    need_whole("isin", elements, test_elements)
     return make(np.isin(array_of(elements), array_of(test_elements), invert=invert))

@@ -353,7 +353,7 @@ def _taken_over(value: Any, param: Tensor | None, kept: tuple[str, ...], key: st
     if isinstance(value, Tensor):
         keep = param is None or key in kept or not param.is_floating_point()
         dtype = value._data.dtype if keep or param is None else param._data.dtype
-        return make(value._data.astype(dtype))
+        return make(value._data.astype(dtype)) if param is None else param._adopt(value, dtype)
     if isinstance(value, dict):
         return {name: _taken_over(entry, param, kept, name) for name, entry in value.items()}
     if isinstance(value, (list, tuple)):

@@ -93,14 +93,14 @@ class UpdateRule(Optimizer):
             h = prepared.get((clock, real))
             if h is None:
                 h = prepared[clock, real] = _as_arrays(self.numbers(group, clock), real)
-            buffers = [self._buffer(state, name, data) for name in names]
+            buffers = [self._buffer(state, name, param) for name in names]
             walk(self.rule, h, self._lend(prepared, real), data, param._grad._data, *buffers)
             bump(param)
 
-    def _buffer(self, state: State, name: str, data: Array) -> Array:
+    def _buffer(self, state: State, name: str, param: Tensor) -> Array:
         held = state.get(name)
         if held is None:
-            held = state[name] = make(np.zeros(data.shape, data.dtype))
+            held = state[name] = param._kin(np.zeros(param._data.shape, param._data.dtype))
         buffer: Array = held._data
         return buffer
 

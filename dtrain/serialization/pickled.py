@@ -15,6 +15,7 @@ from typing import IO, Any
 import numpy as np
 
 from dtrain import dtypes
+from dtrain.autograd.value import need_whole
 from dtrain.device import device
 from dtrain.nn.parameter import Parameter
 from dtrain.serialization.portable import (
@@ -82,6 +83,7 @@ class Writer(pickle._Pickler):
         return "storage", kind, obj.key, "cpu", count
 
     def reducer_override(self, obj: Any) -> Any:
+        need_whole("torch.save", obj)
         if isinstance(obj, Parameter):
             data = rebuild(Tensor, obj._data, False)
             return REBUILD_PARAMETER, (data, obj._requires_grad, OrderedDict())
