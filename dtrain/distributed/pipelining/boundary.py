@@ -1,8 +1,8 @@
 """Between two neighbouring stages: activations go one way, gradients come back.
 
 Rules: 1. Before the first microbatch of a step the upper stage announces what it will send (shapes,
-dtypes, whether a gradient is wanted): one message of `ANNOUNCED` bytes. When microbatches have
-different sizes it announces each. 2. Then each tensor is one message of its own size, in order,
+dtypes, whether a gradient is wanted) and what the step is, which must be the lower one's, too: one
+message of `ANNOUNCED` bytes. When microbatches have different sizes it announces each. 2. Then each tensor is one message of its own size, in order,
 and so is each gradient: nothing is sent for tensors that want none. 3. A send does not wait for the
 receiver; at most `AHEAD` sends of a rank to a neighbour are left to finish by themselves. 4. Stages
 on one rank hand over by reference.
@@ -64,10 +64,11 @@ class Boundary:
         self._handed: dict[int, deque[list[Tensor]]] = {way: deque() for way in _WAYS}
         self._sending: deque[Work] = deque()
         self.waited = 0.0
-        self.begin()
+        self.begin("")
 
-    def begin(self) -> None:
-        """A step begins."""
+    def begin(self, plan: str) -> None:
+        """A step begins; `plan` says which, in words that must be equal on both sides."""
+        self._plan = plan
         self._announced: list[TensorMeta] | None = None
         self._expected: list[TensorMeta] | None = None
         self._uniform = False
@@ -80,7 +81,7 @@ class Boundary:
         metas = metas_of(outputs)
         if self._announced is None or not uniform:
             self._announced = metas
-            self._put(_TOLD, [_announcement(metas, uniform, self._stage)])
+            self._put(_TOLD, [_announcement(metas, uniform, self._plan, self._stage)])
         elif metas != self._announced:
             raise PipeliningShapeError(
                 f"the output of stage {self._stage} is {_listed(metas)}, but for an earlier "
@@ -92,10 +93,18 @@ class Boundary:
     def receive(self) -> tuple[list[Tensor], bool]:
         """A microbatch's activations, leaves that require a gradient where one is wanted; and
         whether all microbatches of the step are alike.
+
+        ValueError when the stage before makes another step than this one.
         """
         if self._expected is None or not self._uniform:
             (told,) = self._take(_TOLD, [_ANNOUNCEMENT])
-            self._uniform, self._expected = _announced(told)
+            plan, self._uniform, self._expected = _announced(told)
+            if plan != self._plan:
+                raise ValueError(
+                    f"stage {self._stage} makes a step of {plan}, but stage {self._stage + 1} one "
+                    f"of {self._plan}: all ranks must call the same of step() and eval(), with the "
+                    "same n_microbatches, and give loss_fn or not"
+                )
         found = self._take(_FORWARD, self._expected)
         for tensor, meta in zip(found, self._expected, strict=True):
             tensor.requires_grad_(meta.requires_grad)
@@ -152,8 +161,8 @@ def _listed(metas: Sequence[TensorMeta]) -> str:
     return "(" + ", ".join(map(str, metas)) + ")"
 
 
-def _announcement(metas: Sequence[TensorMeta], uniform: bool, stage: int) -> Tensor:
-    body = encode([uniform, [tuple(meta) for meta in metas]])
+def _announcement(metas: Sequence[TensorMeta], uniform: bool, plan: str, stage: int) -> Tensor:
+    body = encode([plan, uniform, [tuple(meta) for meta in metas]])
     if len(body) + 2 > ANNOUNCED:
         raise ValueError(
             f"stage {stage} has {len(metas)} outputs: to describe them takes {len(body)} bytes of "
@@ -164,8 +173,8 @@ def _announcement(metas: Sequence[TensorMeta], uniform: bool, stage: int) -> Ten
     return make(array)  # type: ignore[no-any-return]
 
 
-def _announced(told: Tensor) -> tuple[bool, list[TensorMeta]]:
+def _announced(told: Tensor) -> tuple[str, bool, list[TensorMeta]]:
     """What an announcement says."""
     body = told._data.tobytes()
-    uniform, metas = decode(body[2 : 2 + int.from_bytes(body[:2], "little")])
-    return uniform, [TensorMeta(tuple(shape), kind, grad) for shape, kind, grad in metas]
+    plan, uniform, metas = decode(body[2 : 2 + int.from_bytes(body[:2], "little")])
+    return plan, uniform, [TensorMeta(tuple(shape), kind, grad) for shape, kind, grad in metas]

@@ -147,8 +147,10 @@ class _PipelineSchedule:
 
     def _run(self, batch: _Batch, order: Sequence[Action]) -> None:
         begun, before = monotonic(), self._waited()
+        trains = "with" if order is self._order else "without"
+        plan = f"{self.n_microbatches} microbatches {trains} gradients"
         for stage in self._stages.values():
-            stage.begin()
+            stage.begin(plan)
         for action in order:
             with self._told(action):
                 if action.kind == FORWARD:

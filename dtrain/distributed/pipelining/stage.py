@@ -88,11 +88,13 @@ class PipelineStage:
         """Hand over to `following`, the next stage, which is on this rank, too."""
         following._before = self._behind
 
-    def begin(self) -> None:
-        """A step begins; one that an exception cut short leaves nothing behind."""
+    def begin(self, plan: str) -> None:
+        """A step begins, of which `plan` says what must be equal on all ranks; one that an exception
+        cut short leaves nothing behind.
+        """
         self._held.clear()
         for boundary in self._boundaries():
-            boundary.begin()
+            boundary.begin(plan)
 
     def finish(self) -> None:
         """A step ends: what was sent has left."""

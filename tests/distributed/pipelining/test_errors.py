@@ -44,6 +44,31 @@ def test_a_stage_that_dies_is_named_by_its_neighbours():
     assert last[1] == ("in the forward pass of microbatch 0 (of 4) on pipeline stage 2 (rank 2)")
 
 
+@pytest.mark.parametrize(
+    ("other", "difference"),
+    [
+        (lambda part: Schedule1F1B(part, 3, F.mse_loss).step, "3 microbatches with gradients"),
+        (lambda part: Schedule1F1B(part, 4, F.mse_loss).eval, "4 microbatches without gradients"),
+        (lambda part: Schedule1F1B(part, 4).step, "4 microbatches without gradients"),
+    ],
+)
+def test_ranks_that_make_different_steps(other, difference):
+    def rank_main():
+        (part,) = mine(2)
+        x, y = batch_of(0)
+        if part.is_last:
+            with pytest.raises(
+                ValueError, match=f"step of 4 .* with .*, but stage 1 .* {difference}"
+            ):
+                other(part)(target=y)
+            dist.group.WORLD.arrays.abandon()
+        else:
+            with pytest.raises(PeerLost):
+                Schedule1F1B(part, 4, F.mse_loss).step(x)
+
+    run_distributed(2, rank_main)
+
+
 class Deadly(nn.Linear):
     """Kills its process in the third microbatch."""
 
