@@ -2,10 +2,12 @@
 
 Rules: 1. Before the first microbatch of a step the upper stage announces what it will send (shapes,
 dtypes, whether a gradient is wanted) and what the step is, which must be the lower one's, too: one
-message of `ANNOUNCED` bytes. When microbatches have different sizes it announces each. 2. Then each tensor is one message of its own size, in order,
-and so is each gradient: nothing is sent for tensors that want none. 3. A send does not wait for the
-receiver; at most `AHEAD` sends of a rank to a neighbour are left to finish by themselves. 4. Stages
-on one rank hand over by reference.
+message of `ANNOUNCED` bytes. When microbatches have different sizes it announces each.
+2. Then each tensor is one message of its own size, in order, and so is each gradient: nothing is
+sent for tensors that want none.
+3. A send does not wait for the receiver; at most `AHEAD` sends of a rank to a neighbour are left to
+finish by themselves.
+4. Stages on one rank hand over by reference.
 """
 
 from __future__ import annotations

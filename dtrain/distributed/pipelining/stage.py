@@ -89,8 +89,9 @@ class PipelineStage:
         following._before = self._behind
 
     def begin(self, plan: str) -> None:
-        """A step begins, of which `plan` says what must be equal on all ranks; one that an exception
-        cut short leaves nothing behind.
+        """A step begins; `plan` says what of it must be equal on all ranks.
+
+        One that an exception cut short leaves nothing behind.
         """
         self._held.clear()
         for boundary in self._boundaries():
