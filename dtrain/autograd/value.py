@@ -76,9 +76,6 @@ class Value:
             self._refresh_view()
         return self._requires_grad
 
-    # Who is only a part of a larger tensor (DTensor) says so in PARTS, and here.
-    _total_norms: Any = None  # (tensors, norms of the parts, order) -> norms of the wholes
-
     # What ops know how to do, for the engine and custom functions below them; Tensor overrides.
 
     def _refresh_view(self) -> None:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dtrain.autograd.node import make
 from dtrain.optim.optimizer import Group, number
 from dtrain.optim.update import (
     Array,
@@ -83,7 +82,7 @@ class Adagrad(UpdateRule):
             data = param._data
             self.state[param] = {
                 "step": new_step(),
-                "sum": make(np.full(data.shape, value, data.dtype)),
+                "sum": param._kin(np.full(data.shape, value, data.dtype)),
             }
 
     def arrays(self, group: Group) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from dtrain.comm import collectives as calls
 from dtrain.distributed.device_mesh import DeviceMesh
 from dtrain.distributed.tensor._dtensor_spec import DTensorSpec
 from dtrain.distributed.tensor._guards import Guarded
+from dtrain.distributed.tensor._norms import whole_norms
 from dtrain.distributed.tensor._redistribute import redistribute, spread
 from dtrain.distributed.tensor.placement_types import (
     Partial,
@@ -255,6 +256,15 @@ class DTensor(Guarded):
         if not isinstance(value, DTensor):
             return self._kin(self._cut(value._data, "load_state_dict").astype(dtype))
         return self._kin(as_placed(value, self._spec, "load_state_dict")._data.astype(dtype))
+
+    _whole_norms = staticmethod(whole_norms)
+
+    def _everywhere(self, value: Tensor, beside: Sequence[Any]) -> Tensor:
+        """A value that all ranks have: a DTensor where those beside it are, all of one mesh."""
+        specs = {getattr(tensor, "_spec", None) for tensor in beside}
+        if any(spec is None or spec.mesh != self._spec.mesh for spec in specs):
+            return value
+        return wrap(value, DTensorSpec(self._spec.mesh, (Replicate(),) * self._spec.mesh.ndim, ()))
 
     def _as_leaf(self, cls: type[Any], requires_grad: bool) -> Any:
         """The Parameter or Buffer over this tensor's memory."""

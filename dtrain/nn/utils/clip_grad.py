@@ -1,7 +1,8 @@
 """Clipping of gradients: by their total norm, or each element by value.
 
-Gradients are changed in place. `foreach` is accepted for torch's signature and ignored: there is
-one way to do it. Source: torch.nn.utils.clip_grad.
+Gradients are changed in place. Those that are cut over a mesh (DTensor) count as wholes: then all
+ranks call these functions, which block for an all-reduce an axis. `foreach` is accepted for torch's
+signature and ignored: there is one way to do it. Source: torch.nn.utils.clip_grad.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from dtrain.autograd.node import make
+from dtrain.autograd.value import PARTS
 from dtrain.tensor import Tensor
 
 
@@ -41,15 +43,20 @@ def get_total_norm(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
 ) -> Any:
-    """The norm of all tensors taken as one vector, a 0-d tensor of the first one's dtype.
+    """The norm of all tensors taken as one vector, a 0-d tensor of the first one's dtype; of
+    DTensors of one mesh a replicated DTensor.
 
     RuntimeError, with `error_if_nonfinite`, when it is inf or nan.
     """
-    arrays = [tensor._data for tensor in _listed(tensors)]
+    listed = _listed(tensors)
+    arrays = [tensor._data for tensor in listed]
     norm_type = float(norm_type)
     if not arrays:
         return make(np.zeros((), np.float32))
-    norms = np.array([_norm(array, norm_type) for array in arrays])
+    norms: Any = np.array([_norm(array, norm_type) for array in arrays])
+    parts: list[Any] = [tensor for tensor in listed if tensor.__class__ in PARTS]
+    if parts:
+        norms = parts[0]._whole_norms(listed, norms, norm_type)
     total = np.asarray(np.linalg.norm(norms, norm_type), arrays[0].dtype)
     if error_if_nonfinite and not np.isfinite(total):
         raise RuntimeError(
@@ -57,7 +64,8 @@ def get_total_norm(
             "so it cannot be clipped. To disable this error and scale the gradients by the "
             "non-finite norm anyway, set `error_if_nonfinite=False`"
         )
-    return make(total)
+    result = make(total)
+    return parts[0]._everywhere(result, listed) if parts else result
 
 
 def clip_grads_with_norm_(
