@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tracemalloc
 from functools import partial
 
 import numpy as np
@@ -112,6 +113,40 @@ def test_what_is_kept_is_not_computed_again(runs):
     assert none == {"matmul": 6, "tanh": 4, "exp": 2}
     assert products == {"matmul": 3, "tanh": 4, "exp": 2}
     assert count(["tanh", torch.matmul, OPS["exp"]]) == {"matmul": 3, "tanh": 2, "exp": 1}
+
+
+def test_what_is_held():
+    """Arrays of the size of the input: the input, and the kept results."""
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh())
+    x = torch.randn(1024, 64)
+
+    def held(names):
+        tracemalloc.start()
+        kept = checkpoint(block, x, context_fn=selecting(names))
+        size = tracemalloc.get_traced_memory()[0] / x.numpy().nbytes
+        tracemalloc.stop()
+        return round(size, 1), kept.requires_grad
+
+    assert held([]) == (1.0, True)  # the result
+    assert held(["linear"]) == (3.0, True)
+    assert held(["tanh"]) == (2.0, True)  # the last of them is the result
+
+
+def test_second_derivatives():
+    def region(x):
+        return ((x @ x).tanh() @ x).exp().sum()
+
+    def second(names):
+        x = (torch.arange(9.0).reshape(3, 3) / 9).requires_grad_()
+        y = region(x) if names is None else checkpoint(region, x, context_fn=selecting(names))
+        (g,) = torch.autograd.grad(y, [x], create_graph=True)
+        g.square().sum().backward()
+        return x.grad.numpy()
+
+    plain = second(None)
+    for names in ([], ["matmul"], ["tanh", "exp"]):
+        np.testing.assert_allclose(second(names), plain, rtol=1e-6)
 
 
 def test_policy_sees_operation_inputs_and_result():

@@ -11,6 +11,9 @@ import pytest
 
 import dtrain as torch
 import dtrain.distributed as dist
+from dtrain.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
 from dtrain.distributed.pipelining import (
     PipelineStage,
     Schedule1F1B,
@@ -339,6 +342,21 @@ def test_gpipe_and_1f1b_give_the_same_bits():
         assert gradients[0] == gradients[1]
 
     run_distributed(3, rank_main)
+
+
+def test_stages_that_keep_less():
+    def rank_main():
+        gradients = []
+        for less in (False, True):
+            (part,) = mine(2)
+            if less:
+                apply_activation_checkpointing(part.submod)
+            x, y = batch_of(0)
+            Schedule1F1B(part, 4, F.mse_loss).step(x, target=y)
+            gradients.append([p.grad.tolist() for p in part.submod.parameters()])
+        assert gradients[0] == gradients[1]
+
+    run_distributed(2, rank_main)
 
 
 def test_the_sum_instead_of_the_mean():
