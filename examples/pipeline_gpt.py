@@ -11,8 +11,9 @@ import argparse
 from train_gpt import GPT, batch_of, read_text
 
 import dtrain as torch
-from dtrain.distributed.pipelining import PipelineStage, get_schedule_class
+from dtrain.distributed.pipelining import PipelineStage
 from dtrain.distributed.pipelining.orders import play
+from dtrain.distributed.pipelining.schedules import get_schedule_class
 
 nn, F, dist = torch.nn, torch.nn.functional, torch.distributed
 

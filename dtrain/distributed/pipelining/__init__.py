@@ -7,17 +7,10 @@ schedules.py follows an order. A model is cut by hand: there is no tracer, hence
 
 from __future__ import annotations
 
-from dtrain.distributed.pipelining.boundary import PipeliningShapeError as PipeliningShapeError
-from dtrain.distributed.pipelining.microbatch import (
-    TensorChunkSpec as TensorChunkSpec,
-    merge_chunks as merge_chunks,
-    split_args_kwargs_into_chunks as split_args_kwargs_into_chunks,
-)
 from dtrain.distributed.pipelining.schedules import (
     Schedule1F1B as Schedule1F1B,
     ScheduleGPipe as ScheduleGPipe,
     ScheduleInterleaved1F1B as ScheduleInterleaved1F1B,
     ScheduleLoopedBFS as ScheduleLoopedBFS,
-    get_schedule_class as get_schedule_class,
 )
 from dtrain.distributed.pipelining.stage import PipelineStage as PipelineStage

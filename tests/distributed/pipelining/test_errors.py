@@ -12,11 +12,11 @@ import dtrain as torch
 import dtrain.distributed as dist
 from dtrain.distributed.pipelining import (
     PipelineStage,
-    PipeliningShapeError,
     Schedule1F1B,
     ScheduleGPipe,
-    get_schedule_class,
 )
+from dtrain.distributed.pipelining.boundary import PipeliningShapeError
+from dtrain.distributed.pipelining.schedules import get_schedule_class
 from dtrain.errors import PeerLost
 from dtrain.testing.distributed import joined, run_distributed
 from dtrain.testing.world import run_ranks

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 import dtrain as torch
-from dtrain.distributed.pipelining import TensorChunkSpec, merge_chunks
 from dtrain.distributed.pipelining.microbatch import (
+    TensorChunkSpec,
     _Replicate,
+    merge_chunks,
     split_args_kwargs_into_chunks as split,
     sum_reducer,
 )

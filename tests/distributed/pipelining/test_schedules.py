@@ -18,11 +18,10 @@ from dtrain.distributed.pipelining import (
     PipelineStage,
     Schedule1F1B,
     ScheduleGPipe,
-    TensorChunkSpec,
-    get_schedule_class,
 )
 from dtrain.distributed.pipelining.boundary import ANNOUNCED, Boundary
-from dtrain.distributed.pipelining.microbatch import sum_reducer
+from dtrain.distributed.pipelining.microbatch import TensorChunkSpec, sum_reducer
+from dtrain.distributed.pipelining.schedules import get_schedule_class
 from dtrain.nn.parallel import DistributedDataParallel as DDP
 from dtrain.profiler import profile
 from dtrain.testing.distributed import run_distributed
