@@ -148,9 +148,10 @@ class Boundary:
         return found
 
 
-# Ways that messages go; each has a tag for every boundary, beyond those that programs choose.
+# Ways that messages go; each has a tag for every boundary, beyond what programs usually choose.
+# (MPI promises tags up to 32,767.)
 _FORWARD, _BACKWARD, _TOLD = _WAYS = range(3)
-_TAGS = 1 << 40
+_TAGS = 20_000
 
 _ANNOUNCEMENT = TensorMeta((ANNOUNCED,), uint8, False)
 
