@@ -135,7 +135,7 @@ NAMES = {
         "PostLocalSGDState post_localSGD_hook"
     ),
     "dtrain.distributed.algorithms._checkpoint.checkpoint_wrapper": """
-        checkpoint_wrapper CheckpointImpl CheckpointWrapper ActivationWrapper
+        checkpoint_wrapper CheckpointImpl CheckpointWrapper ActivationWrapper offload_wrapper
         apply_activation_checkpointing""",
     "dtrain.distributed.fsdp.wrap": """
         always_wrap_policy lambda_auto_wrap_policy transformer_auto_wrap_policy

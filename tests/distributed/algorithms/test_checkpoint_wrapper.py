@@ -14,6 +14,7 @@ from dtrain.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointWrapper,
     apply_activation_checkpointing,
     checkpoint_wrapper,
+    offload_wrapper,
 )
 from dtrain.distributed.fsdp.wrap import ModuleWrapPolicy
 from dtrain.nn.parallel import DistributedDataParallel as DDP
@@ -107,6 +108,12 @@ def test_attributes_and_indices_go_through():
     for twin in (copy.deepcopy(wrapper), pickle.loads(pickle.dumps(wrapper))):
         assert list(twin.state_dict()) == ["0.weight", "0.bias"]
         twin(torch.randn(3, 2))
+
+
+def test_offloading_changes_nothing():
+    plain, model = blocks(), offload_wrapper(blocks())
+    assert gradients(model) == gradients(plain)
+    assert list(model.state_dict()) == list(plain.state_dict())
 
 
 def test_function_and_its_arguments():

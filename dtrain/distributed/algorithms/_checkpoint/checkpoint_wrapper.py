@@ -99,6 +99,18 @@ class CheckpointWrapper(ActivationWrapper):
         return self.checkpoint_fn(self._checkpoint_wrapped_module, *args, **kwargs)
 
 
+class OffloadWrapper(ActivationWrapper):
+    """Accepted, and calls `mod`: activations are in the CPU's memory, where it would move them."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._checkpoint_wrapped_module(*args, **kwargs)
+
+
+def offload_wrapper(module: Module) -> Module:
+    """`module` in an OffloadWrapper: names stay, and nothing else changes."""
+    return OffloadWrapper(module)
+
+
 def checkpoint_wrapper(
     module: Module, checkpoint_impl: CheckpointImpl = CheckpointImpl.NO_REENTRANT,
     checkpoint_fn: Callable[..., Any] | None = None, **checkpoint_fn_kwargs: Any,
