@@ -45,7 +45,17 @@ def record(op: Op, inputs: tuple[Any, ...], result: Value, attrs: dict[str, Any]
     return node
 
 
-def _elsewhere(op: Op, inputs: tuple[Any, ...], attrs: dict[str, Any]) -> Any:
+class Whole:
+    """A function of several ops that tensors which are parts (PARTS) take as one.
+
+    `apply(*inputs, **attributes)` calls it.
+    """
+
+    def __init__(self, name: str, apply: Callable[..., Any]) -> None:
+        self.name, self.apply = name, apply
+
+
+def elsewhere(op: Op | Whole, inputs: tuple[Any, ...], attrs: dict[str, Any]) -> Any:
     """What the class of the first part among the inputs makes of the call."""
     first = next(v.__class__ for v in inputs if v.__class__ in PARTS)
     return PARTS[first](op, inputs, attrs)
@@ -65,7 +75,7 @@ def binary(op: Op, promote: Callable[..., Any] | None) -> Callable[..., Any]:
         except AttributeError:
             return mixed(a, b)
         if PARTS and (a.__class__ in PARTS or b.__class__ in PARTS):
-            return _elsewhere(op, (a, b), {})
+            return elsewhere(op, (a, b), {})
         # Arrays that were unpickled have dtype objects of their own, equal but not identical.
         if x.dtype is not y.dtype and promote is not None and x.dtype != y.dtype:
             return promote(call, a, b)
@@ -138,7 +148,7 @@ def _with_number(
         if not isinstance(tensor, Value):
             return forward(a, b)
         if PARTS and tensor.__class__ in PARTS:
-            return _elsewhere(op, (a, b), {})
+            return elsewhere(op, (a, b), {})
         x = tensor._data
         if keeps is None or (x.dtype.kind, number.__class__) not in keeps:
             return promote(call, a, b) if promote else call(*map(_boxed, (a, b)))
@@ -208,7 +218,7 @@ def unary(op: Op, promote: Callable[..., Any] | None) -> Callable[..., Any]:
         if not isinstance(a, Value):
             return forward(a)
         if PARTS and a.__class__ in PARTS:
-            return _elsewhere(op, (a,), {})
+            return elsewhere(op, (a,), {})
         x = a._data
         if promote is not None and x.dtype.kind in "biu":
             return promote(call, a)
@@ -233,7 +243,7 @@ def single(op: Op, view: bool) -> Callable[..., Any]:
         if not isinstance(x, Value):
             return forward(x, **attrs)[0] if aux else forward(x, **attrs)
         if PARTS and x.__class__ in PARTS:
-            return _elsewhere(op, (x,), attrs)
+            return elsewhere(op, (x,), attrs)
         data = x._data
         mode = differentiable and x._wants_grad() and _recording()
         if mode is True or not mode:
@@ -275,7 +285,7 @@ def general(op: Op, view: bool, outputs: int) -> Callable[..., Any]:
     def call(*inputs: Any, **attrs: Any) -> Any:
         boxed = [v for v in inputs if isinstance(v, Value)]
         if PARTS and any(v.__class__ in PARTS for v in boxed):
-            return _elsewhere(op, inputs, attrs)
+            return elsewhere(op, inputs, attrs)
         arrays = [v._data if isinstance(v, Value) else v for v in inputs]
         mode = differentiable and _recording()
         if mode and not any(v._wants_grad() for v in boxed):

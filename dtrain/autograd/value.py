@@ -96,6 +96,11 @@ class Value:
 PARTS: dict[type, Any] = {}
 
 
+def has_part(*values: Any) -> bool:
+    """Whether one of the values is a part of a larger tensor."""
+    return bool(PARTS) and any(value.__class__ in PARTS for value in values)
+
+
 def need_whole(name: str, *values: Any) -> None:
     """Refuse what is a part of a larger tensor, for functions that look at arrays themselves.
 

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from dtrain import dtypes
-from dtrain.autograd.dispatch import broadcast_error
+from dtrain.autograd.dispatch import Whole, broadcast_error, elsewhere
 from dtrain.autograd.node import make
 from dtrain.autograd.op import define
-from dtrain.autograd.value import Value
+from dtrain.autograd.value import Value, has_part
 from dtrain.ops.activation import softmax
 from dtrain.ops.compare import where
 from dtrain.ops.dropout import noise_for
@@ -238,6 +238,10 @@ def scaled_dot_product_attention(
     Source: torch.nn.functional.scaled_dot_product_attention.
     """
     _check(query, key, value, attn_mask)
+    if has_part(query, key, value, attn_mask):
+        attrs = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
+        inputs = (query, key, value, attn_mask)
+        return elsewhere(_WHOLE, inputs, {**attrs, "enable_gqa": enable_gqa})
     if enable_gqa:
         key, value = _shared_heads(query, key, value)
     if scale is None:
@@ -256,6 +260,9 @@ def scaled_dot_product_attention(
     mask = None if mask is None else _as_batch(mask, lead)
     out = _attention(q, k, v, mask, **arguments)
     return out if len(lead) == 2 else reshape(out, (*lead, *out.shape[-2:]))
+
+
+_WHOLE = Whole("scaled_dot_product_attention", scaled_dot_product_attention)
 
 
 def _broadcast_lead(*tensors: Any) -> tuple[int, ...]:

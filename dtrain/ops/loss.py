@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from dtrain import dtypes
+from dtrain.autograd.dispatch import Whole, elsewhere
 from dtrain.autograd.op import define, make
-from dtrain.autograd.value import Value, need_whole
+from dtrain.autograd.value import Value, has_part
 from dtrain.ops.activation import log_softmax
 from dtrain.ops.gather import take_along_dim
 from dtrain.ops.reduce import mean, sum
@@ -182,6 +183,10 @@ def cross_entropy(
     Source: torch.nn.functional.cross_entropy.
     """
     check_reduction(reduction)
+    if has_part(input, target, weight):
+        attrs = {"ignore_index": ignore_index, "reduction": reduction}
+        inputs = (input, target, weight)
+        return elsewhere(_CROSS_ENTROPY, inputs, {**attrs, "label_smoothing": label_smoothing})
     if not 0 <= label_smoothing <= 1:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing:g}")
     _check_weight(weight, input.shape[0 if input.ndim == 1 else 1])
@@ -189,13 +194,15 @@ def cross_entropy(
         if ignore_index >= 0:
             raise RuntimeError("ignore_index is not supported for floating point target")
         return _soft_cross_entropy(input, target, weight, reduction, label_smoothing)
-    need_whole("a weight of cross_entropy", weight)
     rows, classes = _class_rows(input, target)
     loss = _cross_entropy(
         rows, classes, weight=None if weight is None else weight._data,
         ignore_index=ignore_index, reduction=reduction, smoothing=label_smoothing,
     )  # fmt: skip
     return reshape(loss, tuple(target.shape)) if reduction == "none" else loss
+
+
+_CROSS_ENTROPY = Whole("cross_entropy", cross_entropy)
 
 
 def _soft_cross_entropy(

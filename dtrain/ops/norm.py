@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from dtrain.autograd.dispatch import Whole, elsewhere
 from dtrain.autograd.op import define
+from dtrain.autograd.value import has_part
 from dtrain.ops.elementwise import rsqrt, square
 from dtrain.ops.reduce import mean
 from dtrain.ops.shape import reshape
@@ -154,6 +156,9 @@ def layer_norm(
     `* weight + bias`. Source: torch.nn.functional.layer_norm.
     """
     shape = _check_normalized(input, normalized_shape, weight, bias)
+    if has_part(input, weight, bias):
+        attrs = {"normalized_shape": shape, "eps": eps}
+        return elsewhere(_LAYER_NORM, (input, weight, bias), attrs)
     size = math.prod(shape)
     y = _layer_norm(_rows(input, size), _flat(weight, size), _flat(bias, size), eps=eps)
     return y if y.shape == input.shape else reshape(y, tuple(input.shape))
@@ -166,11 +171,19 @@ def rms_norm(
     dtype's epsilon. Source: torch.nn.functional.rms_norm.
     """
     shape = _check_normalized(input, normalized_shape, weight, None)
+    if has_part(input, weight):
+        return elsewhere(_RMS_NORM, (input, weight), {"normalized_shape": shape, "eps": eps})
     size = math.prod(shape)
     if eps is None:
         eps = float(np.finfo(_kind(input)).eps)
     y = _rms_norm(_rows(input, size), _flat(weight, size), eps=eps)
     return y if y.shape == input.shape else reshape(y, tuple(input.shape))
+
+
+_LAYER_NORM = Whole(
+    "layer_norm", lambda x, weight, bias, **attrs: layer_norm(x, weight=weight, bias=bias, **attrs)
+)
+_RMS_NORM = Whole("rms_norm", lambda x, weight, **attrs: rms_norm(x, weight=weight, **attrs))
 
 
 def _kind(x: Any) -> Any:

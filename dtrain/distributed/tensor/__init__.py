@@ -7,8 +7,8 @@ is a part. Source: torch.distributed.tensor.
 
 from __future__ import annotations
 
+from dtrain.distributed.tensor import _rules_matrix, _rules_views
 from dtrain.distributed.tensor._api import DTensor as DTensor
-from dtrain.distributed.tensor._dispatch import dispatch as _dispatch  # noqa: F401
 from dtrain.distributed.tensor._distribute import (
     distribute_module as distribute_module,
     distribute_tensor as distribute_tensor,
@@ -28,6 +28,8 @@ from dtrain.distributed.tensor.placement_types import (
     Replicate as Replicate,
     Shard as Shard,
 )
+
+_RULES = (_rules_matrix, _rules_views)  # importing them fills the table of `_dispatch`
 
 __all__ = [
     "DTensor",

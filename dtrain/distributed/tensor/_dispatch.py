@@ -107,7 +107,21 @@ def _part(value: Any, spec: Any, wanted: Placements | None, plan: Plan) -> Any:
         for axis, (mine, out) in enumerate(zip(wanted, plan.out, strict=True))
         if mine.is_replicate() and not out.is_replicate()
     ]
-    return spread(local, spec.mesh, differ)
+    return _spread_once(value, spec, wanted, local, tuple(differ))
+
+
+def _spread_once(value: Any, spec: Any, wanted: Placements, local: Any, axes: Any) -> Any:
+    """The part on its way into computations that differ between ranks. Kept with a DTensor that is
+    no leaf: all its uses then share one sum of gradients.
+    """
+    kept = isinstance(value, DTensor) and value._node is not None and spec.placements == wanted
+    if not axes or not kept:
+        return spread(local, spec.mesh, axes)
+    made = value.__dict__.setdefault("_spread", {})
+    asked = (axes, value._node, local._version.count)
+    if made.get("asked") != asked:
+        made.update(asked=asked, part=spread(local, spec.mesh, axes))
+    return made["part"]
 
 
 def refusal(op: Any, specs: Sequence[Any], why: str) -> NotImplementedError:
