@@ -27,7 +27,7 @@ from dtrain.distributed.device_mesh import DeviceMesh
 from dtrain.distributed.tensor._dtensor_spec import DTensorSpec
 from dtrain.distributed.tensor._guards import Guarded
 from dtrain.distributed.tensor._norms import whole_norms
-from dtrain.distributed.tensor._redistribute import redistribute, spread
+from dtrain.distributed.tensor._redistribute import apply, redistribute, route, spread
 from dtrain.distributed.tensor.placement_types import (
     Partial,
     Placement,
@@ -166,8 +166,15 @@ class DTensor(Guarded):
         target = normalized(placements, self._spec.mesh.ndim, self.ndim)
         if target == self._spec.placements:
             return self
-        local = redistribute(local_of(self), self._spec, target)
-        return wrap(local, self._spec.placed(target))
+        before, steps = local_of(self), route(self._spec, target)
+        local = before
+        for step in steps:
+            local = apply(step, local)
+        result = wrap(local, self._spec.placed(target))
+        if len(steps) == 1 and steps[0].kind == "gather" and result._node is not None:
+            axis = next(a for a, p in enumerate(target) if p != self._spec.placements[a])
+            result._gathered = (axis, steps[0], before)  # type: ignore[attr-defined]
+        return result
 
     def full_tensor(self, *, grad_placements: Sequence[Placement] | None = None) -> Tensor:
         """The whole, on every rank; all ranks of the mesh call it. Differentiable."""

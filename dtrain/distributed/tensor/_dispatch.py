@@ -11,15 +11,17 @@ Source: torch.distributed.tensor._dispatch.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dtrain.autograd.grad_mode import grad_enabled
 from dtrain.autograd.value import PARTS, Value
 from dtrain.distributed.device_mesh import DeviceMesh
 from dtrain.distributed.tensor._api import DTensor, DTensorParameter, local_of, wrap
 from dtrain.distributed.tensor._dtensor_spec import DTensorSpec
-from dtrain.distributed.tensor._redistribute import redistribute, spread
+from dtrain.distributed.tensor._redistribute import redistribute, spread, spread_gathered
 from dtrain.distributed.tensor.placement_types import Placements, Replicate
 
 
@@ -118,10 +120,25 @@ def _spread_once(value: Any, spec: Any, wanted: Placements, local: Any, axes: An
     if not axes or not kept:
         return spread(local, spec.mesh, axes)
     made = value.__dict__.setdefault("_spread", {})
-    asked = (axes, value._node, local._version.count)
+    asked = (axes, value._node, local._version.count, who_records())
     if made.get("asked") != asked:
-        made.update(asked=asked, part=spread(local, spec.mesh, axes))
+        made.update(asked=asked, part=_spread(value, local, axes))
     return made["part"]
+
+
+def _spread(value: DTensor, local: Any, axes: tuple[int, ...]) -> Any:
+    axis, step, before = value.__dict__.get("_gathered", (None, None, None))
+    if axes != (axis,):
+        return spread(local, value._spec.mesh, axes)
+    return spread_gathered(step, before, local)
+
+
+def who_records() -> Any:
+    """What tells one recording from another: a region that runs again (activation checkpointing)
+    has to make again what it made.
+    """
+    mode = grad_enabled.get()
+    return mode if isinstance(mode, bool) else weakref.ref(mode)
 
 
 def refusal(op: Any, specs: Sequence[Any], why: str) -> NotImplementedError:

@@ -265,6 +265,26 @@ def redistribute(local: Any, spec: DTensorSpec, target: Placements) -> Any:
     return local
 
 
+class _Adopt(Function):
+    """What a gather has given already, on its way into computations that differ between ranks: the
+    gradient is summed and cut at once, a reduce-scatter in place of an all-reduce and a slice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, step: Step, before: Any, gathered: Any) -> Any:
+        ctx.step = step
+        return make(gathered)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        return None, apply(replace(ctx.step, kind="scatter"), grad), None
+
+
+def spread_gathered(step: Step, before: Any, gathered: Any) -> Any:
+    """`spread` of what `step`, a gather, made of the Tensor `before`."""
+    return _Adopt.apply(step, before, gathered._data)
+
+
 def spread(local: Any, mesh: Any, axes: Sequence[int]) -> Any:
     """A replicated Tensor on its way into computations that differ along `axes`: the contributions
     to its gradient are summed up over them.

@@ -14,6 +14,7 @@ from typing import Any
 
 from dtrain.distributed.device_mesh import DeviceMesh
 from dtrain.distributed.tensor._api import DTensor
+from dtrain.distributed.tensor._dispatch import who_records
 from dtrain.distributed.tensor._distribute import distribute_own
 from dtrain.distributed.tensor.placement_types import Placement, Replicate, Shard
 from dtrain.nn.modules.linear import Linear
@@ -38,7 +39,8 @@ def taken_in(value: Any, mesh: DeviceMesh, layout: Placement, wanted: Placement)
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"expected a Tensor to be cut, got {type(value).__name__}")
-    asked = (mesh, layout, wanted, value._node, value._version and value._version.count)
+    changes = value._version and value._version.count
+    asked = (mesh, layout, wanted, value._node, changes, who_records())
     kept = value.__dict__.get("_taken_in")
     if kept is not None and kept[0] == asked:
         return kept[1]  # type: ignore[no-any-return]
