@@ -90,7 +90,7 @@ def box_of(
     for axis in cutting_order(placements):
         dim = placements[axis].dim  # type: ignore[attr-defined]
         start, sizes[dim] = chunk_of(sizes[dim], mesh_shape[axis], place[axis])
-        offsets[dim] += start
+        offsets[dim] = offsets[dim] + start if sizes[dim] else shape[dim]  # torch's, of nothing
     return tuple(offsets), tuple(sizes)
 
 

@@ -28,9 +28,6 @@ class Guarded(Tensor):
         if not self._spec.is_replicated:
             self._refuse(name)
 
-    def set_array(self, array: Any) -> None:
-        self._refuse("set_array")
-
     def numpy(self, *, force: bool = False) -> Any:
         """The array, where it is replicated; RuntimeError elsewhere."""
         self._whole("numpy()")

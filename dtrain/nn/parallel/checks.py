@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dtrain.autograd.grad_mode import is_grad_enabled
+from dtrain.autograd.value import has_part
 from dtrain.comm.record import call_site
 from dtrain.distributed.objects import all_gather_object
 from dtrain.distributed.world import ProcessGroup
@@ -30,6 +31,22 @@ def check_same_parameters(named: Sequence[tuple[str, Any]], group: ProcessGroup)
     for rank, theirs in enumerate(everyone[1:], 1):
         if theirs != everyone[0]:
             raise RuntimeError(_difference(everyone[0], theirs, group.ranks[rank]))
+
+
+def check_parts(named: Sequence[tuple[str, Any]], group: ProcessGroup) -> None:
+    """RuntimeError for a parameter that is cut over ranks which the group would average over."""
+    for name, parameter in named:
+        if not has_part(parameter):
+            continue
+        mesh = parameter.device_mesh
+        shared = set(mesh.ranks.reshape(-1).tolist()) & set(group.ranks)
+        if len(shared) > 1:
+            raise RuntimeError(
+                f"parameter '{name}' is a DTensor over {mesh}, whose ranks {sorted(shared)} are in "
+                "the group of DistributedDataParallel: their parts would be averaged. Give it the "
+                'other axis of a 2-D mesh: device_mesh=mesh["dp"], with the model cut over '
+                'mesh["tp"]'
+            )
 
 
 def _difference(first: list[Any], other: list[Any], rank: int) -> str:

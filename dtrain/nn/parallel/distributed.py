@@ -31,7 +31,7 @@ from dtrain.dtypes import bfloat16, float16
 from dtrain.flat import FlatBuffer
 from dtrain.nn.modules.module import Module
 from dtrain.nn.parallel.buckets import DEFAULT_CAPS, MIB
-from dtrain.nn.parallel.checks import Inventory, Watch, check_same_parameters
+from dtrain.nn.parallel.checks import Inventory, Watch, check_parts, check_same_parameters
 from dtrain.nn.parallel.divergence import Sentinel
 from dtrain.nn.parallel.joining import JoiningModel
 from dtrain.nn.parallel.mixed_precision import (
@@ -115,6 +115,7 @@ class DistributedDataParallel(Module, JoiningModel, ReportingModel):
             )
         caps = _caps(bucket_cap_mb, bucket_cap_mb_list)
         self.process_group = _group_of(process_group, device_mesh)
+        check_parts(named, self.process_group)
         self.module = module
         self.broadcast_buffers = _one_of(broadcast_buffers, forward_sync_buffers)
         self.mixed_precision = mixed_precision

@@ -124,18 +124,25 @@ def loss_of(scores, targets):
     return loss.full_tensor() if isinstance(loss, DTensor) else loss
 
 
-def train(model, parameters=None):
-    """Losses of some steps, with clipping, and the parameters after them."""
+def train(model, dp=None):
+    """Losses of some steps, with clipping, and the parameters after them; `dp`: the group of the
+    ranks that share the batch.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     generator, losses = torch.Generator().manual_seed(1), []
     for _ in range(STEPS):
         x = torch.randint(0, WORDS, (BATCH, LENGTH + 1), generator=generator)
+        if dp is not None:
+            x = x.chunk(dp.size())[dp.rank()]
         loss = loss_of(model(x[:, :-1]), x[:, 1:].contiguous())
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
-        losses.append(loss.item())
+        mean = loss.detach()
+        if dp is not None:
+            dist.all_reduce(mean, dist.ReduceOp.AVG, dp)
+        losses.append(mean.item())
     state = model.state_dict().items()
     whole = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in state}
     return losses, {name: value.numpy().copy() for name, value in whole.items()}
@@ -161,6 +168,24 @@ def check_gpt(name):
 @pytest.mark.parametrize("name", PLANS)
 def test_gpt(name, size):
     run_distributed(size, check_gpt, name)
+
+
+def check_data_parallel():
+    """DDP over one axis of a mesh, the layers cut over the other."""
+    expected, wanted = train(made())
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model = parallelize_module(made(), mesh["tp"], PLANS["tokens and head"])
+    with pytest.raises(RuntimeError, match="their parts would be averaged"):
+        nn.parallel.DistributedDataParallel(model)
+    ddp = nn.parallel.DistributedDataParallel(model, device_mesh=mesh["dp"])
+    losses, state = train(ddp, mesh.get_group("dp"))
+    np.testing.assert_allclose(losses, expected, rtol=1e-12)
+    for key, value in wanted.items():
+        np.testing.assert_allclose(state[f"module.{key}"], value, rtol=0, atol=1e-9, err_msg=key)
+
+
+def test_with_data_parallelism():
+    run_distributed(4, check_data_parallel)
 
 
 def check_keeps_less():
