@@ -1,7 +1,8 @@
 """Filling tensors with initial values: constants, uniform, normal, Xavier, Kaiming, orthogonal.
 
 Every function changes its tensor in place, outside any graph, and returns it. With the same seed
-(or `generator`) the numbers are PyTorch's. Source: torch.nn.init.
+(or `generator`) the numbers are PyTorch's. They are drawn for the whole tensor, of which a DTensor
+takes its part: values do not depend on how it is cut. Source: torch.nn.init.
 """
 
 from __future__ import annotations
@@ -13,9 +14,7 @@ from typing import Any
 import numpy as np
 
 from dtrain.autograd.grad_mode import no_grad
-from dtrain.autograd.node import make
 from dtrain.generator import Generator
-from dtrain.ops.inplace import write
 from dtrain.ops.random import source_of
 from dtrain.tensor import Tensor
 
@@ -78,8 +77,7 @@ def eye_(tensor: Tensor) -> Tensor:
     """The identity matrix. ValueError unless 2-d."""
     if tensor.ndim != 2:
         raise ValueError("Only tensors with 2 dimensions are supported")
-    write(tensor, np.eye(*tensor.shape, dtype=tensor._data.dtype))
-    return tensor
+    return tensor.copy_(np.eye(*tensor.shape, dtype=tensor._data.dtype))
 
 
 @no_grad()
@@ -112,29 +110,27 @@ def _redrawn_normal(
 ) -> Tensor:
     kind = tensor._data.dtype.type
     low, high = kind(a), kind(b)
-    normal_(tensor, mean, std, generator)
-    values = tensor._data
+    values = source_of(generator).normal(tuple(tensor.shape), tensor.dtype, mean, std)
     while (outside := (values < low) | (values > high)).any():
         fresh = source_of(generator).normal(values.shape, tensor.dtype, mean, std)
         np.copyto(values, fresh, where=outside)
-    return tensor
+    return tensor.copy_(values)
 
 
 def _accepted_uniform(
     tensor: Tensor, mean: float, std: float, a: float, b: float, generator: Generator | None
 ) -> Tensor:
     """Rejection sampling: u in [a, b) is kept with probability density(u) / peak density."""
-    source, shape, dtype = source_of(generator), tensor._data.shape, tensor.dtype
+    source, shape, dtype = source_of(generator), tuple(tensor.shape), tensor.dtype
     peak = -0.5 * ((max(a, min(mean, b)) - mean) / std) ** 2
-    values = tensor._data
+    values = np.empty(shape, dtype.numpy)
     pending = np.ones(shape, bool)
     while pending.any():
         fresh = source.uniform(shape, dtype, a, b)
         np.copyto(values, fresh, where=pending)
         log_density = ((fresh - mean) / std) ** 2 * -0.5 - peak
         pending &= np.log(source.uniform(shape, dtype)) > log_density
-    tensor._bump_version()
-    return tensor
+    return tensor.copy_(values)
 
 
 def _calculate_fan_in_and_fan_out(tensor: Tensor) -> tuple[int, int]:
@@ -215,8 +211,8 @@ def orthogonal_(tensor: Tensor, gain: float = 1, generator: Generator | None = N
     wide = shape[0] < shape[1]
     q, r = np.linalg.qr(drawn.T if wide else drawn)
     q = q * np.sign(np.diagonal(r))  # makes q uniform over the orthogonal matrices
-    tensor.copy_(make((q.T if wide else q).reshape(tensor.shape) * tensor._data.dtype.type(gain)))
-    return tensor
+    q = q.T if wide else q
+    return tensor.copy_(q.reshape(tensor.shape) * tensor._data.dtype.type(gain))
 
 
 @no_grad()
@@ -228,10 +224,10 @@ def sparse_(
         raise ValueError("Only tensors with 2 dimensions are supported")
     rows, columns = tensor.shape
     zeros = math.ceil(sparsity * rows)
-    normal_(tensor, 0, std, generator)
+    values = source_of(generator).normal((rows, columns), tensor.dtype, 0, std)
     for column in range(columns):
-        tensor._data[source_of(generator).randperm(rows)[:zeros], column] = 0
-    return tensor
+        values[source_of(generator).randperm(rows)[:zeros], column] = 0
+    return tensor.copy_(values)
 
 
 @no_grad()
@@ -241,11 +237,10 @@ def dirac_(tensor: Tensor, groups: int = 1) -> Tensor:
         raise ValueError("Only tensors with 3, 4, or 5 dimensions are supported")
     if tensor.shape[0] % groups:
         raise ValueError("dim 0 must be divisible by groups")
-    values = np.zeros_like(tensor._data)
+    values = np.zeros(tuple(tensor.shape), tensor._data.dtype)
     outputs = tensor.shape[0] // groups
     centre: tuple[Any, ...] = tuple(size // 2 for size in tensor.shape[2:])
     for group in range(groups):
         for channel in range(min(outputs, tensor.shape[1])):
             values[(group * outputs + channel, channel, *centre)] = 1
-    write(tensor, values)
-    return tensor
+    return tensor.copy_(values)

@@ -228,11 +228,36 @@ def check_factories():
     assert np.array_equal(cut.full_tensor().numpy(), expected.numpy())
 
 
+def check_init():
+    """Initial values do not depend on how a tensor is cut."""
+    mesh = line()
+    for name, arguments in {
+        "normal_": (0.5, 2.0), "uniform_": (), "trunc_normal_": (0.0, 1.0, -1.0, 1.0),
+        "xavier_normal_": (), "kaiming_uniform_": (), "orthogonal_": (), "sparse_": (0.4,),
+        "eye_": (), "ones_": (), "constant_": (3.0,),
+    }.items():  # fmt: skip
+        fill = getattr(nn.init, name)
+        torch.manual_seed(4)
+        plain = fill(torch.zeros(5, 7), *arguments)
+        after = torch.rand(1).item()
+        for cut in CUTS:
+            torch.manual_seed(4)
+            leaf = nn.Parameter(zeros(5, 7, device_mesh=mesh, placements=[cut]))
+            fill(leaf, *arguments)
+            assert np.array_equal(leaf.full_tensor().detach().numpy(), plain.numpy()), name
+            assert torch.rand(1).item() == after
+    kernel = zeros(4, 2, 3, device_mesh=mesh, placements=[Shard(0)])
+    expected = nn.init.dirac_(torch.zeros(4, 2, 3)).numpy()
+    assert np.array_equal(nn.init.dirac_(kernel).full_tensor().numpy(), expected)
+
+
 @pytest.mark.parametrize("check", [check_moves, check_gradients_of_moves])
 def test_on_a_grid(check):
     run_distributed(4, check)
 
 
-@pytest.mark.parametrize("check", [check_memory, check_parameters, check_refusals, check_factories])
+@pytest.mark.parametrize(
+    "check", [check_memory, check_parameters, check_refusals, check_factories, check_init]
+)
 def test_on_a_line(check):
     run_distributed(2, check)
