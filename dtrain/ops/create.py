@@ -46,7 +46,8 @@ def _infer(data: Any, dtype: dtypes.dtype | None = None) -> Array:
     Numbers that are meant for `dtype` stay as exact as NumPy reads them.
     """
     if isinstance(data, (list, tuple)) and _holds_tensors(data):
-        data = stack([v if isinstance(v, Value) else make(_infer(v, dtype)) for v in data])._data
+        data = stack([v if isinstance(v, Value) else make(_infer(v, dtype)) for v in data])
+        data = data.numpy(force=True)  # refused by what is only a part
     try:
         array = np.asarray(data)
     except ValueError:

@@ -34,7 +34,7 @@ def _embedding_vjp(n: Any, g: Any) -> Any:
 def _embedding_grad_forward(
     g: np.ndarray, index: np.ndarray, *, rows: int, padding_idx: int | None
 ) -> np.ndarray:
-    out = sum_rows(g.reshape(-1, g.shape[-1]), index.reshape(-1), rows)
+    out = sum_rows(g.reshape(index.size, g.shape[-1]), index.reshape(-1), rows)
     if padding_idx is not None:
         out[padding_idx] = 0
     return out

@@ -87,6 +87,11 @@ def _batch_error(a: tuple[int, ...], b: tuple[int, ...]) -> RuntimeError:
     )
 
 
+def _flat_rows(x: Any, width: int) -> Any:
+    """The rows of all batches; a -1 could not be worked out where `width` is 0."""
+    return reshape(x, (math.prod(x.shape[:-1]), width))
+
+
 def _matmul_vjp(n: Any, g: Any) -> Any:
     a, b = n.a, n.b
     ashape, bshape = n.shapes
@@ -99,7 +104,7 @@ def _matmul_vjp(n: Any, g: Any) -> Any:
         da = sum_to_shape(matmul(g, transpose(b, -1, -2)), tuple(a.shape)).reshape(ashape)
     if n.needs[1]:
         if b.ndim == 2:  # one product of tall matrices instead of a sum of many
-            a, g = reshape(a, (-1, a.shape[-1])), reshape(g, (-1, g.shape[-1]))
+            a, g = _flat_rows(a, a.shape[-1]), _flat_rows(g, g.shape[-1])
         db = sum_to_shape(matmul(transpose(a, -1, -2), g), tuple(b.shape)).reshape(bshape)
     return da, db
 
@@ -164,7 +169,7 @@ def _linear_forward(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) 
     if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
         raise _matmul_error(x.shape, weight.shape[::-1])
     _check_dtypes(x, weight)
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     out = _product(flat, weight.T)
     if bias is not None:
         out += bias
@@ -172,12 +177,12 @@ def _linear_forward(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) 
 
 
 def _linear_vjp(n: Any, g: Any) -> Any:
-    rows = reshape(g, (-1, n.shapes[1][0]))
+    rows = _flat_rows(g, n.shapes[1][0])
     dx = dw = db = None
     if n.needs[0]:
         dx = reshape(matmul(rows, n.weight), n.shapes[0])
     if n.needs[1]:
-        flat, home = reshape(n.x, (-1, n.shapes[1][1])), n.home(1)
+        flat, home = _flat_rows(n.x, n.shapes[1][1]), n.home(1)
         if home is None or home.itemsize == 2:
             dw = matmul(transpose(rows, 0, 1), flat)
         else:

@@ -170,6 +170,14 @@ def test_gpt(name, size):
     run_distributed(size, check_gpt, name)
 
 
+def test_every_transport_gives_the_same_bits():
+    def losses():
+        mesh = dist.init_device_mesh("cpu", (2,))
+        return train(parallelize_module(made(), mesh, SEQUENCE))[0]
+
+    assert run_distributed(2, losses) == run_distributed(2, losses, transport="zmq")
+
+
 def check_data_parallel():
     """DDP over one axis of a mesh, the layers cut over the other."""
     expected, wanted = train(made())

@@ -22,28 +22,30 @@ from dtrain.distributed.tensor._dispatch import RULES
 from dtrain.testing.distributed import run_distributed
 
 
-def placements_of(array):
-    """Every placement of an input on one axis."""
+def placements_of(array, axes=1):
+    """All placements of an input on a mesh."""
     if not isinstance(array, np.ndarray) or not array.ndim:
         return [None]
     cuts = [Shard(d) for d in range(array.ndim)]
     partial = [Partial(), Partial("avg")] if array.dtype.kind == "f" else []
-    return [Replicate(), *cuts, *partial]
+    return list(itertools.product([Replicate(), *cuts, *partial], repeat=axes))
 
 
-def placed(array, placement, mesh, grad):
-    """(an input at a placement, the tensor whose gradient is asked for)."""
-    if placement is None:
+def placed(array, cut, mesh, grad):
+    """(an input at placements, the tensor whose gradient is asked for)."""
+    if cut is None:
         return (array if array is None or not isinstance(array, np.ndarray) else make(array)), None
-    if placement.is_partial():
-        share = make(array * (0.25 if dist.get_rank() == 0 else 0.75))
-        if placement.reduce_op == "avg":
-            share = share * 2
-        leaf = share.requires_grad_(grad)
-        return DTensor.from_local(leaf, mesh, [placement]), leaf
-    leaf = distribute_tensor(make(array), mesh, [placement], src_data_rank=None)
-    leaf.requires_grad_(grad and array.dtype.kind == "f")
-    return leaf, leaf
+    grad = grad and array.dtype.kind == "f"
+    share, place = array, mesh.get_coordinate()
+    for axis, placement in enumerate(cut):
+        if placement.is_partial():
+            share = share * ((0.25, 0.75)[place[axis]] * (2 if placement == Partial("avg") else 1))
+    held = [Replicate() if p.is_partial() else p for p in cut]
+    leaf = distribute_tensor(make(share), mesh, held, src_data_rank=None).requires_grad_(grad)
+    if held == list(cut):
+        return leaf, leaf
+    part = leaf.to_local().detach().requires_grad_(grad)
+    return DTensor.from_local(part, mesh, cut, shape=array.shape), part
 
 
 def outputs(result):
@@ -80,13 +82,21 @@ def compare(name, function, arrays, combination, mesh, grad):
         return True
     scalar([t for t in expected if t._wants_grad()]).backward()
     scalar([t.full_tensor() for t in found if t._wants_grad()]).backward()
-    for whole, (_, leaf), place in zip(wholes, pairs, combination, strict=True):
+    for whole, (value, leaf), cut in zip(wholes, pairs, combination, strict=True):
         if leaf is None or whole.grad is None:
             continue
-        mine = leaf.grad.full_tensor() if isinstance(leaf, DTensor) else leaf.grad
-        share = 0.5 if place == Partial("avg") else 1.0
-        assert np.allclose(mine._data, whole.grad._data * share), f"gradient of {where}"
+        if isinstance(leaf, DTensor):
+            mine, share = leaf.grad.full_tensor(), 1.0
+        else:  # contributions, and perhaps cut along the other axis
+            mine, share = leaf.grad, 0.5 ** sum(p == Partial("avg") for p in cut)
+        expected = whole.grad._data if isinstance(leaf, DTensor) else of_part(whole.grad, value)
+        assert np.allclose(mine._data, expected * share), f"gradient of {where}"
     return True
+
+
+def of_part(whole, value):
+    offsets, sizes = value._spec.box
+    return whole._data[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))]
 
 
 def samples(op):
@@ -109,7 +119,7 @@ def check_ops(names):
         op, some = OPS[name], False
         for arrays, attrs in samples(op):
             for combination in itertools.product(*[placements_of(a) for a in arrays]):
-                cut = [p for p in combination if p is not None and not p.is_replicate()]
+                cut = [p for p in combination if p is not None and not p[0].is_replicate()]
                 if cut or any(p is not None for p in combination):
                     function = partial(op.apply, **attrs)
                     grad = op.vjp is not None and name != "floor_divide"
@@ -208,3 +218,17 @@ def test_functions(part):
         for array in FUNCTIONS[name][1:]:
             wanted *= len(placements_of(array))
         assert taken[name] == wanted, name
+
+
+def check_on_a_grid(count):
+    """A sample of the placements on a mesh of two axes; as many refusals as there may be: none."""
+    mesh, draw = dist.init_device_mesh("cpu", (2, 2)), np.random.RandomState(count)
+    for name, (function, *arrays) in FUNCTIONS.items():
+        choices = [placements_of(array, 2) for array in arrays]
+        for _ in range(count):
+            combination = [some[draw.randint(len(some))] for some in choices]
+            assert compare(name, function, arrays, combination, mesh, True), (name, combination)
+
+
+def test_functions_on_a_grid():
+    run_distributed(4, check_on_a_grid, 4, timeout=60)
