@@ -109,6 +109,7 @@ def main():
     if launched:
         dist.init_process_group("gloo")
     rank, world = (dist.get_rank(), dist.get_world_size()) if launched else (0, 1)
+    assert args.batch_size % world == 0, f"{world} ranks cannot have equal shares of --batch-size"
     torch.manual_seed(args.seed)
     text = read_text(args.data)
     train, valid = text[: -len(text) // 10], text[-len(text) // 10 :]
