@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,7 @@ class DeviceMesh:
             )
         self._check_ranks()
         self._rank = get_rank()
+        self._lines: dict[int, tuple[int, ...]] = {}  # {axis: the caller's line along it}
         self._family = _family or _Family(self, self._backends(backend_override or {}))
 
     def _backends(self, override: Backends) -> dict[str, str]:
@@ -115,6 +117,10 @@ class DeviceMesh:
 
     def get_coordinate(self) -> tuple[int, ...] | None:
         """Where the caller is in the mesh, one number for each axis; None when it is not in it."""
+        return self._coordinate
+
+    @cached_property
+    def _coordinate(self) -> tuple[int, ...] | None:
         found = np.argwhere(self.ranks == self._rank)
         return tuple(int(i) for i in found[0]) if len(found) else None
 
@@ -162,13 +168,18 @@ class DeviceMesh:
         may be left out when there is only one. RuntimeError when the caller is not in the mesh.
         """
         axis = self._one_axis(mesh_dim)
-        line: list[Any] = list(self._own_place())
-        line[axis] = slice(None)
-        members = tuple(int(rank) for rank in self.ranks[tuple(line)])
-        groups = self._family.groups
+        if axis not in self._lines:
+            self._lines[axis] = self._line(axis)
+        members, groups = self._lines[axis], self._family.groups
         if members not in groups:
             groups[members] = self._make_group(members, axis)
         return groups[members]
+
+    def _line(self, axis: int) -> tuple[int, ...]:
+        """The ranks that differ from the caller along one axis alone."""
+        line: list[Any] = list(self._own_place())
+        line[axis] = slice(None)
+        return tuple(int(rank) for rank in self.ranks[tuple(line)])
 
     def _make_group(self, members: tuple[int, ...], axis: int) -> ProcessGroup:
         name = self._name(axis)
@@ -337,7 +348,7 @@ class DeviceMesh:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, DeviceMesh):
             return NotImplemented
-        return self._key() == other._key()
+        return self is other or self._key() == other._key()
 
     def __hash__(self) -> int:
         return hash(self._key())

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dtrain.autograd.grad_mode import grad_enabled
+from dtrain.autograd.node import Node
+from dtrain.autograd.op import ALIAS
 from dtrain.autograd.value import PARTS, Value
 from dtrain.distributed.device_mesh import DeviceMesh
 from dtrain.distributed.tensor._api import DTensor, DTensorParameter, local_of, wrap
@@ -44,6 +46,8 @@ class Plan:
 Rule = Callable[[Any, list[Any], dict[str, Any]], Plan]
 RULES: dict[str, Rule] = {}
 
+_ALIAS = ALIAS.op  # type: ignore[attr-defined]
+
 
 def dispatch(op: Any, inputs: tuple[Any, ...], attrs: dict[str, Any]) -> Any:
     """The result of `op` on DTensors: a DTensor, or as many as the op has results."""
@@ -59,6 +63,7 @@ def dispatch(op: Any, inputs: tuple[Any, ...], attrs: dict[str, Any]) -> Any:
     parts = [_part(v, s, w, plan) for v, s, w in zip(inputs, specs, plan.wants, strict=True)]
     result = (plan.run or op.apply)(*parts, **plan.attrs)
     specs = [DTensorSpec(mesh, plan.out, shape) for shape in plan.shapes]
+    _shorten(op, result)
     if isinstance(result, tuple):
         return tuple(wrap(part, spec) for part, spec in zip(result, specs, strict=True))
     return wrap(result, specs[0])
@@ -66,7 +71,7 @@ def dispatch(op: Any, inputs: tuple[Any, ...], attrs: dict[str, Any]) -> Any:
 
 def _common_mesh(op: Any, inputs: Sequence[Any]) -> DeviceMesh:
     meshes = [v._spec.mesh for v in inputs if isinstance(v, DTensor)]
-    if any(mesh != meshes[0] for mesh in meshes):
+    if any(mesh is not meshes[0] and mesh != meshes[0] for mesh in meshes):
         raise RuntimeError(f"{op.name}: DTensors of different meshes: {meshes}")
     return meshes[0]
 
@@ -110,6 +115,20 @@ def _part(value: Any, spec: Any, wanted: Placements | None, plan: Plan) -> Any:
         if mine.is_replicate() and not out.is_replicate()
     ]
     return _spread_once(value, spec, wanted, local, tuple(differ))
+
+
+def _shorten(op: Any, result: Any) -> None:
+    """Let gradients of leaves that are DTensors go to them, not by way of their parts: they are
+    then not copied, and a rule can put them right where they belong.
+    """
+    node = getattr(result, "_node", None)
+    if node is not None and node.op is op:
+        node.edges = tuple([_leaf_behind(edge) for edge in node.edges])
+
+
+def _leaf_behind(edge: Any) -> Any:
+    part = edge.__class__ is Node and edge.op is _ALIAS and edge.hooks is None
+    return edge.edges[0] if part and edge.edges[0].__class__ in PARTS else edge
 
 
 def _spread_once(value: Any, spec: Any, wanted: Placements, local: Any, axes: Any) -> Any:

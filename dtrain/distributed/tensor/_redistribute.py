@@ -196,7 +196,10 @@ _RUN = {"keep": _keep, "spread": _keep, "slice": _slice, "share": _share, "sum":
 
 def route(spec: DTensorSpec, target: Placements) -> list[Step]:
     """The steps from a spec's placements to others, none when they are equal."""
-    current, steps = list(spec.placements), []
+    if spec.placements == target:
+        return []
+    current: list[Placement] = list(spec.placements)
+    steps: list[Step] = []
     for axis, wanted in _stages(spec, target):
         steps += _change(spec, current, axis, wanted)
         current[axis] = wanted

@@ -147,6 +147,26 @@ def check_memory():
     assert twice.item() == 140
 
 
+def check_second_derivatives():
+    """A penalty on the gradient; and the gradient of a leaf goes to it, not by way of its part."""
+    values = np.random.RandomState(0).randn(4, 6)
+    wholes = [torch.tensor(values, requires_grad=True), torch.tensor(values[:2])]
+    parts = [
+        nn.Parameter(distribute_tensor(wholes[0].detach(), line(), [Shard(0)])),
+        distribute_tensor(wholes[1], line()),
+    ]
+    found = []
+    for weight, x in (wholes, parts):
+        y = nn.functional.linear(x, weight)
+        assert y._node.edges[1] is weight
+        (y**3).sum().backward(create_graph=True)
+        first = weight.grad
+        weight.grad = None
+        (first**2).sum().backward()
+        found.append(weight.grad)
+    assert np.allclose(found[1].full_tensor().numpy(), found[0].numpy())
+
+
 def check_parameters():
     mesh = line()
     leaf = nn.Parameter(distribute_tensor(torch.tensor(WHOLE), mesh, [Shard(1)]))
@@ -257,7 +277,15 @@ def test_on_a_grid(check):
 
 
 @pytest.mark.parametrize(
-    "check", [check_memory, check_parameters, check_refusals, check_factories, check_init]
+    "check",
+    [
+        check_memory,
+        check_parameters,
+        check_refusals,
+        check_factories,
+        check_init,
+        check_second_derivatives,
+    ],
 )
 def test_on_a_line(check):
     run_distributed(2, check)
