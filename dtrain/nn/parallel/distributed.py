@@ -11,7 +11,7 @@ import contextlib
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from time import monotonic
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -60,7 +60,9 @@ class DistributedDataParallel(Module, JoiningModel, ReportingModel):
     that came after wrapping, are errors that name the parameter and the rank.
 
     process_group   the ranks that share the model, default all; or `device_mesh`, a 1-D mesh.
-    bucket_cap_mb   size of a bucket in MiB; None: 25, and 1 for the first.
+    bucket_cap_mb   size of a bucket in MiB; None: 25, and 1 for the first; "auto" (not in torch):
+                    sizes are tried in the first passes and the fastest is kept (see `tuning`),
+                    but not with a communication hook, which may depend on them.
     bucket_cap_mb_list  sizes of the buckets in turn, the last one for all that follow.
     broadcast_buffers, forward_sync_buffers  (one by its old, one by its new name) copy rank 0's
                     buffers to all before each forward in training mode that synchronizes.
@@ -86,7 +88,7 @@ class DistributedDataParallel(Module, JoiningModel, ReportingModel):
         broadcast_buffers: bool | None = None,
         init_sync: bool = True,
         process_group: ProcessGroup | None = None,
-        bucket_cap_mb: float | None = None,
+        bucket_cap_mb: float | Literal["auto"] | None = None,
         find_unused_parameters: bool = False,
         check_reduction: bool = False,
         gradient_as_bucket_view: bool = False,
@@ -128,7 +130,8 @@ class DistributedDataParallel(Module, JoiningModel, ReportingModel):
         every = divergence_check_every
         sentinel = Sentinel(named, self.process_group, every) if every else None
         delayed = {id(p) for _, p in delay_all_reduce_named_params or ()}
-        self.reducer = Reducer(named, self.process_group, caps, sentinel, delayed)
+        tunes = bucket_cap_mb == "auto"
+        self.reducer = Reducer(named, self.process_group, caps, sentinel, delayed, tunes)
         self._inventory = Inventory(module, [p for _, p in named], ignored)
         self._watch = Watch()
         self.reducer.went_around = self._watch.place
@@ -253,13 +256,19 @@ def _group_of(group: ProcessGroup | None, mesh: Any) -> ProcessGroup:
     return mesh.get_group(mesh_dim=0)  # type: ignore[no-any-return]
 
 
-def _caps(one: float | None, several: Sequence[float] | None) -> Sequence[int]:
+def _caps(one: float | str | None, several: Sequence[float] | None) -> Sequence[int]:
     """The sizes of the buckets in bytes."""
     if one is not None and several is not None:
         raise ValueError("bucket_cap_mb and bucket_cap_mb_list are both given: give one of them")
+    if one == "auto":
+        return DEFAULT_CAPS
+    if isinstance(one, str):
+        raise ValueError(f"bucket_cap_mb is a number of MiB or 'auto', got {one!r}")
     sizes = [one] if one is not None else list(several or ())
-    if any(size <= 0 for size in sizes):
+    if not all(size > 0 for size in sizes):
         raise ValueError(f"bucket_cap_mb must be positive, got {one if several is None else sizes}")
+    if any(size == float("inf") for size in sizes):
+        raise ValueError("bucket_cap_mb must be finite: for one bucket give the size of the model")
     return [int(size * MIB) for size in sizes] or DEFAULT_CAPS
 
 

@@ -9,7 +9,8 @@ Rules:
 3. At the end of the pass the rest is submitted, parameters without a gradient counting as absent,
    and all works are waited for in order. Nobody needs to say beforehand what is unused.
 4. After the first pass that reduces, buckets are made anew in the order in which rank 0 saw
-   gradients come, once. Sums are elementwise, so this changes no bits.
+   gradients come, once, and with `tunes` as `tuning` says. Sums are elementwise, so this changes
+   no bits.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from dtrain.errors import DistError
 from dtrain.nn.parallel.buckets import DEFAULT_CAPS, Bucket, assign
 from dtrain.nn.parallel.divergence import Sentinel
 from dtrain.nn.parallel.meter import Meter
+from dtrain.nn.parallel.tuning import Tuner
 
 CommHook = Callable[[Any, Any], Future[Any]]
 
@@ -56,7 +58,8 @@ class Reducer:
     reduces (see DDP.no_sync). `divide_by`: by what the sum over ranks is divided; None is the
     number of ranks. `loss_weight`: how much the rank's loss of the passes to come stands for; if
     not None, sums are divided by the weights' sum over ranks and passes instead, which costs one
-    all-reduce of 8 bytes. `delayed`: ids of parameters to be reduced behind all others.
+    all-reduce of 8 bytes. `delayed`: ids of parameters to be reduced behind all others. `tunes`:
+    whether `caps` are only the first sizes that are tried.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Reducer:
         caps: Sequence[int] = DEFAULT_CAPS,
         sentinel: Sentinel | None = None,
         delayed: Collection[int] = (),
+        tunes: bool = False,
     ) -> None:
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
@@ -77,6 +81,8 @@ class Reducer:
         self._weight = np.zeros(1)  # of the passes since the last reduction
         self._weighing: Work | None = None
         self.rebuilt = False
+        self.tuner: Tuner | None = None  # from the first rebuilding on, while no hook reduces
+        self._tunes = tunes
         self.went_around: Callable[[], str | None] = lambda: None  # see `checks.Watch`
         self.meter = Meter(self.names)
         self._hook: tuple[CommHook, Any] | None = None
@@ -89,7 +95,7 @@ class Reducer:
         self._order: list[int] = []  # parameters as their gradients came in the first pass
         self.place: list[tuple[Bucket, int]] = []  # of each parameter
         self._delayed = [i for i, p in enumerate(self.parameters) if id(p) in delayed]
-        self._make(self._assigned(reversed(range(len(self.parameters)))))
+        self._make(self._assigned(reversed(range(len(self.parameters))), caps))
         # Of the buckets before they are rebuilt, in bytes.
         self.first_sizes = [bucket.gradients.nbytes for bucket in self.buckets]
         me = weakref.ref(self)
@@ -99,13 +105,13 @@ class Reducer:
 
     # ---- buckets
 
-    def _assigned(self, order: Iterable[int]) -> list[list[int]]:
+    def _assigned(self, order: Iterable[int], caps: Sequence[int]) -> list[list[int]]:
         """Which parameters each bucket has when they are taken in this order."""
         late = set(self._delayed)
         usual = [i for i in order if i not in late]
         return [
-            *assign(self.parameters, self.caps, usual),
-            *assign(self.parameters, self.caps[-1:], self._delayed),
+            *assign(self.parameters, caps, usual),
+            *assign(self.parameters, caps[-1:], self._delayed),
         ]
 
     def _make(self, members: Sequence[Sequence[int]]) -> None:
@@ -119,18 +125,30 @@ class Reducer:
         for (bucket, place), flag in zip(self.place, used, strict=False):
             bucket.flags[place] = flag
 
+    def _arrange(self) -> None:
+        """Before a pass that reduces: new buckets, if it is time for them."""
+        if self._order and not self.rebuilt:
+            self._rebuild()
+        elif self.tuner is not None and self.tuner.advance(self.group):
+            self.caps, members = self.tuner.tried[self.tuner.now]
+            self._make(members)
+
     def _rebuild(self) -> None:
         """Arrange the buckets in the order in which rank 0 saw gradients come; once."""
         self.rebuilt = True
-        if len(self.buckets) == 1 and self.buckets[0].gradients.nbytes < self.caps[0]:
+        total = sum(bucket.gradients.nbytes for bucket in self.buckets)
+        if len(self.buckets) == 1 and total < self.caps[0] and not self._tunes:
             return  # all in one, whatever the order
         seen = set(self._order)
         late = [i for i in reversed(range(len(self.parameters))) if i not in seen]
         order = np.array([*self._order, *late], np.int64)
         self.group.issue(Broadcast(order, 0))
-        members = self._assigned(order.tolist())
+        agreed = order.tolist()
+        members = self._assigned(agreed, self.caps)
         if members != [list(bucket.members) for bucket in self.buckets]:
             self._make(members)
+        if self._tunes:
+            self.tuner = Tuner(partial(self._assigned, agreed), total)
 
     def register_hook(self, hook: CommHook, state: Any) -> None:
         """From now on `hook(state, bucket)` reduces; RuntimeError for a second one."""
@@ -139,6 +157,7 @@ class Reducer:
                 "register_comm_hook or register_builtin_comm_hook can only be called once."
             )
         self._hook = hook, state
+        self._tunes, self.tuner = False, None
 
     @property
     def hook_name(self) -> str | None:
@@ -175,8 +194,8 @@ class Reducer:
             self._running = False
             for bucket in self.buckets:
                 bucket.tail[...] = 0
-        if sync and self._order and not self.rebuilt:
-            self._rebuild()
+        if sync:
+            self._arrange()
 
     def _ready(self, index: int, parameter: Any) -> None:
         """The hook of every parameter: its gradient of this pass is complete."""
@@ -277,6 +296,8 @@ class Reducer:
         for flight in flights:
             self._land(flight)
         self.meter.end(flights)
+        if self.tuner is not None and self.meter.last is not None:
+            self.tuner.add(self.meter.last.ended - self.meter.last.began)
         for flight in flights:
             flight.bucket.finish(self.parameters, flight.kept)
         self._weighing, self._weight[...] = None, 0.0
@@ -317,8 +338,7 @@ class Reducer:
 
     def prepare_shadow(self) -> None:
         """What `prepare` does on the others, before a pass of theirs that reduces."""
-        if self._order and not self.rebuilt:
-            self._rebuild()
+        self._arrange()
 
     def shadow(self, weighs: bool) -> None:
         """The reductions of one backward pass of the others, with nothing to contribute.

@@ -78,6 +78,8 @@ def words(step: Step, reducer: Reducer) -> str:
         f"{_ms(step.overlap)} of it beside backward"
     )
     lines += [_bucket_words(step, b, reducer) for b in step.buckets]
+    if reducer.tuner is not None:
+        lines.append(f"bucket_cap_mb='auto': {reducer.tuner.words()}")
     waits = _sum_of_waits(step)
     sent = "" if reducer.shares_memory else ", or for what it sent"
     lines += [f"waited {_ms(s)} for rank {r}{sent}" for r, s in sorted(waits.items())]
@@ -122,7 +124,7 @@ class ReportingModel:
         `backward_compute_comm_overlap_time` the part of it beside backward. Not in torch:
         `avg_exposed_comm_time`, from the last gradient to the end of backward;
         `unused_parameter_names`, those without a gradient here in the last pass; `waited_for`,
-        {rank: ns}.
+        {rank: ns}; `bucket_cap_auto`, in words, with bucket_cap_mb="auto".
         """
         return {**_what(self), **_arrangement(self.reducer), **_times(self.reducer)}
 
@@ -183,6 +185,8 @@ def _arrangement(reducer: Reducer) -> dict[str, Any]:
         data["rebuilt_bucket_sizes"] = sizes
         members = [" ".join(map(str, b.members)) for b in reducer.buckets]
         data["rebuilt_per_bucket_param_indices"] = members
+    if reducer.tuner is not None:
+        data["bucket_cap_auto"] = reducer.tuner.words()
     return data
 
 
