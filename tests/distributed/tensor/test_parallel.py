@@ -16,6 +16,7 @@ import dtrain.distributed as dist
 import dtrain.nn.functional as F
 from dtrain import nn
 from dtrain.distributed.tensor import DTensor, Replicate, Shard
+from dtrain.distributed.tensor._api import wrap
 from dtrain.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -290,6 +291,35 @@ def test_costs(size):
     run_distributed(size, check_costs)
 
 
+def check_cost_of_a_cut_vocabulary():
+    """Scores that stay cut: three numbers a row forward, one sum of the activations backward."""
+    mesh, head = dist.init_device_mesh("cpu", (2,)), nn.Linear(WIDTH, WORDS).double()
+    parallelize_module(head, mesh, ColwiseParallel(use_local_output=False))
+    x = torch.randn(BATCH * LENGTH, WIDTH, dtype=torch.float64, requires_grad=True)
+    targets = torch.arange(BATCH * LENGTH) % WORDS
+    loss, forward, _ = counted(lambda: loss_of(head(x * 1).unflatten(0, (1, -1)), targets))
+    assert forward == {"all_reduce": (3, 3 * BATCH * LENGTH * 8)}
+    _, backward, _ = counted(loss.backward)
+    assert backward == {"all_reduce": (1, x.nbytes)}
+
+
+def check_leaf_behind_a_part():
+    """A plain leaf whose face in the module is a DTensor, as FSDP has it between two gathers."""
+    mesh, model = dist.init_device_mesh("cpu", (2,)), made(MLP)
+    parallelize_module(model, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    x, expected = torch.randn(3, WIDTH, dtype=torch.float64), []
+    model(x).square().sum().backward()
+    leaves = {}
+    for layer in (model.up, model.down):
+        for name, parameter in list(layer._parameters.items()):
+            expected.append(parameter.grad.to_local())
+            leaf = nn.Parameter(parameter.to_local().detach())
+            leaves[leaf] = layer._parameters[name] = wrap(leaf, parameter._spec)
+    model(x).square().sum().backward()
+    for leaf, grad in zip(leaves, expected, strict=True):
+        assert np.array_equal(leaf.grad.numpy(), grad.numpy())
+
+
 class Pair(nn.Module):
     def forward(self, a, b, *, scale):
         return a + b * scale, a
@@ -347,6 +377,9 @@ def test_mistakes():
     run_distributed(1, check_mistakes)
 
 
-@pytest.mark.parametrize("check", [check_keeps_less, check_preparing])
+@pytest.mark.parametrize(
+    "check",
+    [check_keeps_less, check_preparing, check_cost_of_a_cut_vocabulary, check_leaf_behind_a_part],
+)
 def test_two_ranks(check):
     run_distributed(2, check)
