@@ -79,6 +79,28 @@ def test_links_lead_somewhere(page):
     assert not list(broken_links(page))
 
 
+def unknown_tests(text: str) -> list[str]:
+    """Tests, as in `tests/x.py::test_y`, that a text names and that do not exist."""
+    named = re.findall(r"`(tests/[\w/.]+)::(\w+)`", text)
+    return [
+        f"{path}::{name}"
+        for path, name in named
+        if not (ROOT / path).is_file()
+        or not re.search(rf"^def {name}\(", (ROOT / path).read_text(encoding="utf-8"), re.M)
+    ]
+
+
+def test_an_unknown_test_is_seen():
+    good, bad = f"tests/{Path(__file__).name}::test_an_unknown_test_is_seen", "tests/no.py::test_x"
+    assert unknown_tests(f"`{good}`, `{good}_not`, `{bad}`") == [f"{good}_not", bad]
+
+
+def test_tests_that_pages_name_exist():
+    named = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
+    assert "::test_" in named["ddp.md"]
+    assert not [unknown for text in named.values() for unknown in unknown_tests(text)]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_pages_are_ascii_and_have_no_gap(page):
     text = page.read_text(encoding="utf-8")

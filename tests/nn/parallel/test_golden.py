@@ -105,7 +105,7 @@ def test_golden_losses_equal_one_process(name, ranks):
 
 @pytest.mark.parametrize("name", ["CNN", "GPT"])
 def test_the_same_bits_for_every_bucket_size(name):
-    """Pain 33: losses and parameters do not depend on `bucket_cap_mb`."""
+    """Losses and parameters do not depend on `bucket_cap_mb`."""
     first, *others = [run_distributed(3, train, name, cap) for cap in CAPS]
     assert all(run == first for run in others)
     assert len({tuple(parameters) for _, parameters in first}) == 1  # on all ranks

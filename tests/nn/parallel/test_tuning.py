@@ -48,7 +48,6 @@ def check_choice():
 
 
 def test_the_fastest_on_the_slowest_rank_is_kept_and_costs_one_call():
-    """Pain 44."""
     one, two = run_distributed(2, check_choice)
     assert one == two
     switched, frozen, sent, words = one
@@ -59,8 +58,8 @@ def test_the_fastest_on_the_slowest_rank_is_kept_and_costs_one_call():
 
 
 def test_the_default_stays_unless_another_is_clearly_faster():
-    assert tuning.fastest(np.array([1.0, 0.98, 1.2])) == 0
-    assert tuning.fastest(np.array([1.0, 0.98, 0.9])) == 2
+    assert tuning.fastest(np.array([1.0, 0.92, 1.2])) == 0
+    assert tuning.fastest(np.array([1.0, 0.95, 0.8])) == 2
 
 
 def test_what_is_alike_is_not_tried():
