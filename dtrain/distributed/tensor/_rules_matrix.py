@@ -23,7 +23,7 @@ import numpy as np
 from dtrain.autograd.node import make
 from dtrain.comm import collectives as calls
 from dtrain.distributed.tensor._dispatch import Plan, refusal
-from dtrain.distributed.tensor._dtensor_spec import DTensorSpec
+from dtrain.distributed.tensor._dtensor_spec import DTensorSpec, box_of
 from dtrain.distributed.tensor._loss import class_cut_entropy
 from dtrain.distributed.tensor._rules import Choice, Now, R, at, by_axis, parts_along, rule
 from dtrain.distributed.tensor.placement_types import Partial
@@ -117,8 +117,9 @@ def embedding(op: Any, specs: list[Any], attrs: dict[str, Any]) -> Plan:
 def _of_part(op: Any, spec: DTensorSpec) -> Any:
     """The lookup in a part of the vocabulary: zeros for what is in another."""
     first, rows = spec.box[0][0], spec.box[1][0]
-    if not rows:
-        raise refusal(op, [spec], "has no rows on some rank")
+    last = tuple(n - 1 for n in spec.mesh.shape)
+    if not box_of(spec.shape, spec.mesh.shape, spec.placements, last)[1][0]:
+        raise refusal(op, [spec], "has no rows on some rank")  # on all of them, that nobody waits
 
     def run(weight: Any, index: Any, *, padding_idx: int | None) -> Any:
         asked = index._data

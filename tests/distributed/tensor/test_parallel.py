@@ -303,6 +303,20 @@ def check_cost_of_a_cut_vocabulary():
     assert backward == {"all_reduce": (1, x.nbytes)}
 
 
+def check_words_for_all():
+    """A vocabulary of which some rank would have nothing is refused on every rank, at once."""
+    mesh = dist.init_device_mesh("cpu", (4,))
+    tokens = parallelize_module(
+        nn.Embedding(5, 4), mesh, RowwiseParallel(input_layouts=Replicate())
+    )
+    with pytest.raises(NotImplementedError, match="embedding has no rows on some rank"):
+        tokens(torch.tensor([1, 2]))
+
+
+def test_words_for_all():
+    run_distributed(4, check_words_for_all)
+
+
 def check_leaf_behind_a_part():
     """A plain leaf whose face in the module is a DTensor, as FSDP has it between two gathers."""
     mesh, model = dist.init_device_mesh("cpu", (2,)), made(MLP)
