@@ -10,7 +10,9 @@ only. Source: the Trace Event Format document of Chromium.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import gzip
 import json
 import os
 import socket
@@ -56,6 +58,8 @@ class Tape:
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._file.unlink(missing_ok=True)  # of an earlier run
+            self._alive = open(self.folder / ".lock", "a")  # noqa: SIM115, until `save`
+            fcntl.flock(self._alive, fcntl.LOCK_SH)
 
     @property
     def _file(self) -> Path:
@@ -78,16 +82,18 @@ class Tape:
         _write(Path(path), {"traceEvents": _shown(self.rank, events), "dtrain": about})
 
     def save(self) -> None:
-        """Write this rank's file, and merge it with those that are there.
+        """Write this rank's file; the last rank to do so merges all that are there.
 
-        The last rank to do so leaves the merged file of all.
+        The last: until then every rank shares a lock, which the kernel takes from one that dies.
         """
         if self.folder is None:
             return
         self.write(self._file, self.events)
-        with open(self.folder / ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            merge(self.folder)
+        with self._alive as lock:
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            with contextlib.suppress(BlockingIOError):  # others are still there
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                merge(self.folder)
 
 
 def merge(folder: str | os.PathLike[str]) -> Path:
@@ -188,5 +194,8 @@ def _boot() -> str:
 
 def _write(path: Path, content: Json) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(content))
+    if path.suffix == ".gz":
+        beside.write_bytes(gzip.compress(json.dumps(content).encode()))
+    else:
+        beside.write_text(json.dumps(content))
     beside.replace(path)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
+import re
 import subprocess
 import sys
 import threading
@@ -12,12 +15,14 @@ import pytest
 
 import dtrain as torch
 import dtrain.distributed as dist
-from dtrain import tape as tapes
+from dtrain import profiler, tape as tapes
 from dtrain.distributed.world import current_world, own_world
 from dtrain.nn.parallel import DistributedDataParallel as DDP
-from dtrain.profiler import merge, profile, record_function
+from dtrain.profiler import ProfilerAction, merge, profile, record_function
 from dtrain.tape import MAIN, Tape
 from dtrain.testing.distributed import run_distributed
+from tests.profiler_cases import SCHEDULES, actions_of, cycles_of
+from tests.recorded import load_json
 
 SLACK = 1e-3  # microseconds, of numbers that are about 1e10
 
@@ -218,3 +223,144 @@ def test_a_profile_calls_back_when_it_is_ready():
         pass
     assert ready == [prof]
     assert [event.name for event in prof.events()] == ["mine"]
+
+
+# ---- all files in one, by the last rank
+
+
+def test_the_last_rank_merges_once(tmp_path, monkeypatch):
+    """Files are read once in all, however many ranks there are; one that died is not waited for."""
+    merges, inner = [], tapes.merge
+    monkeypatch.setattr(tapes, "merge", lambda folder: merges.append(inner(folder)))
+    ranks = [Tape(rank, 5, str(tmp_path)) for rank in range(5)]
+    for tape in ranks:
+        tape.add("forward", "ddp", MAIN, 1.0, 2.0)
+    for rank in (3, 1, 0):
+        ranks[rank].save()
+    assert merges == []
+    ranks[2]._alive.close()  # what the kernel does when a process dies
+    ranks[4].save()
+    assert merges == [tmp_path / "trace.json"]
+    trace = json.loads(merges[0].read_text())
+    assert [about["rank"] for about in trace["dtrain"]] == [0, 1, 3, 4]
+
+
+# ---- schedules
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_are_those_of_torch(name):
+    """Actions of each step, when a trace is ready, and which steps are in it."""
+    with own_world():
+        found = [f(profiler, SCHEDULES[name]) for f in (actions_of, cycles_of)]
+    assert found == load_json("profiler_schedules")[name]
+
+
+@pytest.mark.parametrize("wrong", [{"wait": -1}, {"active": 0}, {"skip_first": -2}])
+def test_schedules_that_cannot_be(wrong):
+    with pytest.raises(AssertionError, match=r"Invalid profiler schedule arguments\. Got wait="):
+        profiler.schedule(**{"wait": 1, "warmup": 1, "active": 1, **wrong})
+    with pytest.raises(AssertionError, match=r"Step must be non-negative\. Got -1\."):
+        profiler.schedule(wait=1, warmup=1, active=1)(-1)
+
+
+def test_a_schedule_that_drops_what_it_recorded_is_warned_of():
+    actions = [ProfilerAction.RECORD, ProfilerAction.NONE, ProfilerAction.RECORD_AND_SAVE]
+    ready = []
+    with own_world(), profile(schedule=actions.__getitem__, on_trace_ready=ready.append) as prof:
+        with pytest.warns(UserWarning, match="RECORD followed by NONE"):
+            prof.step()
+        assert ready == []
+        prof.step()
+    assert ready == [prof]
+    with pytest.raises(TypeError, match="gives a ProfilerAction for each step, got 2"):
+        profile(schedule=lambda step: 2)
+    with pytest.raises(RuntimeError, match="has not been started"):
+        prof.step()
+
+
+def check_cycles(folder, use_gzip):
+    """Two cycles of two steps under a schedule: two files of this rank's steps alone."""
+    model = DDP(torch.nn.Linear(4, 4))
+    rank = dist.get_rank()
+    handler = profiler.tensorboard_trace_handler(
+        str(folder / "made"), worker_name=f"rank{rank}", use_gzip=use_gzip
+    )
+    plan = profiler.schedule(wait=1, warmup=1, active=2, repeat=2)
+    with profile(
+        activities=[profiler.ProfilerActivity.CPU], schedule=plan, on_trace_ready=handler
+    ) as prof:
+        with pytest.raises(RuntimeError, match="nothing has been recorded up to step 0"):
+            prof.export_chrome_trace("nowhere.json")
+        for _ in range(10):
+            model(torch.ones(1, 4)).sum().backward()
+            prof.step()
+    assert current_world().tape is None
+
+
+@pytest.mark.parametrize("use_gzip", [False, True])
+def test_files_where_tensorboard_looks(tmp_path, use_gzip):
+    run_distributed(2, check_cycles, tmp_path, use_gzip)
+    ending = r"\.json\.gz" if use_gzip else r"\.json"
+    names = sorted(os.listdir(tmp_path / "made"))
+    assert len(names) == 4
+    for i, name in enumerate(names):
+        assert re.fullmatch(rf"rank{i // 2}\.\d+\.pt\.trace{ending}", name)
+        content = (tmp_path / "made" / name).read_bytes()
+        trace = json.loads(gzip.decompress(content) if use_gzip else content)
+        assert flaws(trace) == []
+        shown = [e["name"] for e in trace["traceEvents"] if e["ph"] == "X"]
+        first = (2, 6)[i % 2]
+        steps = [name for name in shown if name.startswith("ProfilerStep")]
+        assert steps == [f"ProfilerStep#{first}", f"ProfilerStep#{first + 1}"]
+        assert shown.count("backward") == 2
+
+
+# ---- passes that do not reduce, and averages
+
+
+def check_no_sync():
+    model = DDP(torch.nn.Linear(4, 4))
+    with profile() as prof:
+        with model.no_sync():
+            model(torch.ones(1, 4)).sum().backward()
+        model(torch.ones(1, 4)).sum().backward()
+    return [event.name for event in prof.events() if event.category == "ddp"]
+
+
+def test_passes_without_reduction_are_shown():
+    expected = "forward,backward without reduction,forward,backward,wait for gradients"
+    assert run_distributed(2, check_no_sync) == [expected.split(",")] * 2
+
+
+def test_averages_have_self_times_without_inner_spans():
+    tape = Tape(0, 1)
+    for step in range(2):
+        tape.add("inner", "user", MAIN, step + 0.25, step + 0.5)
+        tape.add("innermost", "user", MAIN, step + 0.25, step + 0.375)
+        tape.add(f"ProfilerStep#{step}", "user", MAIN, step, step + 1)
+    tape.add("inner", "collective", "group", 0.0, 2.0)
+    rows = {row.key: row for row in profiler.profiler.averages_of(tape.events)}
+    times = {
+        key: (row.count, row.cpu_time_total / 1e6, row.self_cpu_time_total / 1e6)
+        for key, row in rows.items()
+    }
+    assert times == {
+        "inner": (3, 2.5, 2.25), "innermost": (2, 0.25, 0.25), "ProfilerStep*": (2, 2.0, 1.5)
+    }  # fmt: skip
+
+
+def test_a_table_of_averages():
+    with own_world(), profile() as prof:
+        for name in ("one", "two", "two"):
+            with record_function(name):
+                pass
+    table = prof.key_averages().table(sort_by="count", row_limit=1, header="times")
+    header, columns, row = table.splitlines()
+    assert header == "times"
+    assert columns.split()[:3] == ["Name", "Self", "ms"]
+    assert row.split()[0] == "two"
+    assert row.split()[-1] == "2"
+    assert len(prof.key_averages().table(row_limit=-1).splitlines()) == 3
+    with pytest.raises(ValueError, match="sort_by is one of"):
+        prof.key_averages().table(sort_by="name")

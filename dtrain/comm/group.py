@@ -50,6 +50,7 @@ from dtrain.errors import (
     TransportTimeout,
     WrongSize,
 )
+from dtrain.tape import Tape
 
 __all__ = ["DEFAULT_TIMEOUT", "ProcessGroup"]
 
@@ -369,6 +370,10 @@ class ProcessGroup:
             name=name or f"{self.name}[{key}]",
             timeout=self.timeout if timeout is None else timeout,
         )
+
+    def record_on(self, tape: Tape | None) -> None:
+        """From now on show calls on this timeline; None: no more."""
+        self._recorder.tape = tape
 
     def statistics(self) -> GroupStatistics:
         """Counters since the group was made."""

@@ -26,6 +26,7 @@ from dtrain.comm.topology import members_of
 from dtrain.comm.transports.mailbox import Array
 from dtrain.comm.work import Work
 from dtrain.errors import CollectiveTimeout, DistBackendError, GroupAborted
+from dtrain.tape import Tape
 
 __all__ = ["MpiGroup"]
 
@@ -132,6 +133,10 @@ class MpiGroup:
             name=name or f"{self.name}[{','.join(map(str, members))}]",
             timeout=self.timeout if timeout is None else timeout,
         )
+
+    def record_on(self, tape: Tape | None) -> None:
+        """From now on show calls on this timeline; None: no more."""
+        self._recorder.tape = tape
 
     def statistics(self) -> GroupStatistics:
         """Counters since the group was made; MPI does not tell its messages and bytes: 0."""

@@ -174,13 +174,13 @@ class World:
     def add(self, group: ProcessGroup) -> None:
         """A group of which this rank has become a member."""
         self.made.append(group)
-        group.arrays._recorder.tape = self.tape
+        group.arrays.record_on(self.tape)
 
     def record_on(self, tape: Tape | None) -> None:
         """From now on record on `tape`; None: no more."""
         self.tape = tape
         for made in self.made:
-            made.arrays._recorder.tape = tape
+            made.arrays.record_on(tape)
 
     def clear(self, reason: BaseException | None = None) -> None:
         """Close all groups, youngest first, and the store if it was opened here; save the tape.

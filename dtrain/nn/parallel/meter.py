@@ -130,6 +130,12 @@ class Meter:
         if tape is not None:
             tape.add("forward", "ddp", MAIN, *self._forward)
 
+    def alone(self, began: float) -> None:
+        """A backward pass that began then, and does not reduce, is over."""
+        tape = current_world().tape
+        if tape is not None:
+            tape.add("backward without reduction", "ddp", MAIN, began, monotonic())
+
     def start(self, began: float, buckets: int) -> None:
         """The first gradient of a backward pass that began then."""
         self._began, self._shadow = began, False

@@ -90,6 +90,7 @@ class Reducer:
         self._aside = group.arrays.runs_aside
         self._running = False
         self._counted = False  # whether this pass's weight has been added
+        self._alone = False  # in a pass that does not reduce
         self._next = 0  # the first bucket not yet submitted
         self._flights: list[Flight] = []
         self._order: list[int] = []  # parameters as their gradients came in the first pass
@@ -189,7 +190,7 @@ class Reducer:
 
         A pass that an exception cut short leaves nothing behind.
         """
-        self.sync, self._counted = sync, False
+        self.sync, self._counted, self._alone = sync, False, False
         if self._running:
             self._running = False
             for bucket in self.buckets:
@@ -203,6 +204,9 @@ class Reducer:
             self._count_weight(self.loss_weight)
         bucket, place = self.place[index]
         if not self.sync:
+            if not self._alone:
+                self._alone = True
+                engine.queue_callback(self._pass_alone_ends)
             bucket.keep(place, parameter)
             return
         if not self._running:
@@ -223,6 +227,10 @@ class Reducer:
 
     def _pass_ends(self) -> None:
         self._counted = False
+
+    def _pass_alone_ends(self) -> None:
+        self._alone = False
+        self.meter.alone(engine.started_at())
 
     def _start(self, index: int) -> None:
         place = self.went_around()
