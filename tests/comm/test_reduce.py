@@ -140,6 +140,16 @@ def test_operators_are_values():
             ReduceOp(*wrong)
 
 
+@pytest.mark.parametrize("shape", [(-1,), (-1, 2)])
+def test_widening_has_the_bits_of_numpys(shape):
+    """Every float16, more than one block of them, in order and not; and what it leaves to NumPy."""
+    halves = np.tile(np.arange(1 << 16, dtype=np.uint16).view(np.float16), 3).reshape(shape)
+    for values in (halves, halves[::-1], halves[:7], halves[0], halves.astype(np.float32)):
+        got = r.wide(values, np.dtype(np.float32))
+        assert got.shape == values.shape
+        assert got.tobytes() == values.astype(np.float32).tobytes()
+
+
 def test_rounding_to_float16_has_the_bits_of_numpys():
     """Every float16, the middle of each two neighbours, and their neighbours in float32."""
     halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)

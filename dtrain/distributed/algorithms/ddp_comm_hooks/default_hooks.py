@@ -14,7 +14,7 @@ import numpy as np
 
 from dtrain import dtypes
 from dtrain.autograd.node import make
-from dtrain.comm.reduce import ReduceOp, rounded
+from dtrain.comm.reduce import ReduceOp, rounded, wide
 from dtrain.comm.work import Future
 from dtrain.distributed.algorithms.ddp_comm_hooks.gathered import spread
 from dtrain.distributed.algorithms.ddp_comm_hooks.stages import Hook, Payload, sends
@@ -59,7 +59,7 @@ def _rounded(tensor: Tensor, dtype: dtypes.dtype) -> Tensor:
 
 
 def _copied(buffer: Tensor, result: Tensor) -> Tensor:
-    buffer.set_array(result._data.astype(buffer._data.dtype))
+    buffer.set_array(wide(result._data, buffer._data.dtype))
     return buffer
 
 
