@@ -8,6 +8,7 @@ Source: Li et al., PyTorch Distributed, VLDB 2020, section 4.2.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ MIB = 1 << 20
 FIRST_CAP = 1 * MIB  # small, so that the first all-reduce starts early in backward
 DEFAULT_CAP = 25 * MIB
 DEFAULT_CAPS = (FIRST_CAP, DEFAULT_CAP)
+WHOLE = (sys.maxsize,)  # all in one, for each dtype
 
 # What one rank has in a bucket's tail for the fingerprint of its parameters.
 WORDS = 3

@@ -60,9 +60,10 @@ class DistributedDataParallel(Module, JoiningModel, ReportingModel):
     that came after wrapping, are errors that name the parameter and the rank.
 
     process_group   the ranks that share the model, default all; or `device_mesh`, a 1-D mesh.
-    bucket_cap_mb   size of a bucket in MiB; None: 25, and 1 for the first; "auto" (not in torch):
-                    sizes are tried in the first passes and the fastest is kept (see `tuning`),
-                    but not with a communication hook, which may depend on them.
+    bucket_cap_mb   size of a bucket in MiB; None: 25, and 1 for the first, or all in one where
+                    reducing beside backward would only take its core (see `reducer`); "auto" (not
+                    in torch): sizes are tried in the first passes and the fastest is kept (see
+                    `tuning`), but not with a communication hook, which may depend on them.
     bucket_cap_mb_list  sizes of the buckets in turn, the last one for all that follow.
     broadcast_buffers, forward_sync_buffers  (one by its old, one by its new name) copy rank 0's
                     buffers to all before each forward in training mode that synchronizes.
@@ -256,8 +257,8 @@ def _group_of(group: ProcessGroup | None, mesh: Any) -> ProcessGroup:
     return mesh.get_group(mesh_dim=0)  # type: ignore[no-any-return]
 
 
-def _caps(one: float | str | None, several: Sequence[float] | None) -> Sequence[int]:
-    """The sizes of the buckets in bytes."""
+def _caps(one: float | str | None, several: Sequence[float] | None) -> Sequence[int] | None:
+    """The sizes of the buckets in bytes, None if nobody asked for any."""
     if one is not None and several is not None:
         raise ValueError("bucket_cap_mb and bucket_cap_mb_list are both given: give one of them")
     if one == "auto":
@@ -269,7 +270,7 @@ def _caps(one: float | str | None, several: Sequence[float] | None) -> Sequence[
         raise ValueError(f"bucket_cap_mb must be positive, got {one if several is None else sizes}")
     if any(size == float("inf") for size in sizes):
         raise ValueError("bucket_cap_mb must be finite: for one bucket give the size of the model")
-    return [int(size * MIB) for size in sizes] or DEFAULT_CAPS
+    return [int(size * MIB) for size in sizes] or None
 
 
 def copy_from(source: int, tensors: Sequence[Any], group: ProcessGroup) -> None:

@@ -5,7 +5,8 @@ Rules:
 2. A bucket is submitted as soon as it is full and all before it are; the group's thread reduces
    it while backward goes on. Where that would only take the core from backward
    (`ProcessGroup.runs_aside`), the caller reduces all at the end: measured on 2 cores, an MLP's
-   step with a thread beside it waits milliseconds for the scheduler, for sums of half a one.
+   step with a thread beside it waits milliseconds for the scheduler, for sums of half a one. One
+   bucket is enough then, unless sizes were asked for: a call more takes 0.1 ms there.
 3. At the end of the pass the rest is submitted, parameters without a gradient counting as absent,
    and all works are waited for in order. Nobody needs to say beforehand what is unused.
 4. After the first pass that reduces, buckets are made anew in the order in which rank 0 saw
@@ -28,7 +29,7 @@ from dtrain.comm.reduce import ReduceOp
 from dtrain.comm.work import Future, Work
 from dtrain.distributed.world import ProcessGroup
 from dtrain.errors import DistError
-from dtrain.nn.parallel.buckets import DEFAULT_CAPS, Bucket, assign
+from dtrain.nn.parallel.buckets import DEFAULT_CAPS, WHOLE, Bucket, assign
 from dtrain.nn.parallel.divergence import Sentinel
 from dtrain.nn.parallel.meter import Meter
 from dtrain.nn.parallel.tuning import Tuner
@@ -56,17 +57,18 @@ class Reducer:
 
     `named`: (name, parameter) of all that take part. `sync` says whether the next backward pass
     reduces (see DDP.no_sync). `divide_by`: by what the sum over ranks is divided; None is the
-    number of ranks. `loss_weight`: how much the rank's loss of the passes to come stands for; if
-    not None, sums are divided by the weights' sum over ranks and passes instead, which costs one
-    all-reduce of 8 bytes. `delayed`: ids of parameters to be reduced behind all others. `tunes`:
-    whether `caps` are only the first sizes that are tried.
+    number of ranks. `caps`: sizes of buckets, as `assign` takes them; None: `DEFAULT_CAPS`, or
+    `WHOLE` while nothing runs beside backward. `loss_weight`: how much the rank's loss of the
+    passes to come stands for; if not None, sums are divided by the weights' sum over ranks and
+    passes instead, which costs one all-reduce of 8 bytes. `delayed`: ids of parameters to be
+    reduced behind all others. `tunes`: whether `caps` are only the first sizes that are tried.
     """
 
     def __init__(
         self,
         named: Sequence[tuple[str, Any]],
         group: ProcessGroup,
-        caps: Sequence[int] = DEFAULT_CAPS,
+        caps: Sequence[int] | None = None,
         sentinel: Sentinel | None = None,
         delayed: Collection[int] = (),
         tunes: bool = False,
@@ -74,13 +76,11 @@ class Reducer:
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
         self.group = group
-        self.caps = caps
         self.sync = True
         self.divide_by: int | None = None
         self.loss_weight: float | None = None
         self._weight = np.zeros(1)  # of the passes since the last reduction
         self._weighing: Work | None = None
-        self.rebuilt = False
         self.tuner: Tuner | None = None  # from the first rebuilding on, while no hook reduces
         self._tunes = tunes
         self.went_around: Callable[[], str | None] = lambda: None  # see `checks.Watch`
@@ -88,17 +88,18 @@ class Reducer:
         self._hook: tuple[CommHook, Any] | None = None
         self._sentinel = sentinel
         self._aside = group.arrays.runs_aside
+        self._chooses = caps is None
+        self.caps: Sequence[int] = caps or (DEFAULT_CAPS if self._aside else WHOLE)
         self._running = False
         self._counted = False  # whether this pass's weight has been added
         self._alone = False  # in a pass that does not reduce
         self._next = 0  # the first bucket not yet submitted
         self._flights: list[Flight] = []
-        self._order: list[int] = []  # parameters as their gradients came in the first pass
+        self.rebuilt: bool
+        self._order: list[int]  # parameters as their gradients came in the first pass
         self.place: list[tuple[Bucket, int]] = []  # of each parameter
         self._delayed = [i for i, p in enumerate(self.parameters) if id(p) in delayed]
-        self._make(self._assigned(reversed(range(len(self.parameters))), caps))
-        # Of the buckets before they are rebuilt, in bytes.
-        self.first_sizes = [bucket.gradients.nbytes for bucket in self.buckets]
+        self._make_first()
         me = weakref.ref(self)
         hooks = [p.register_post_accumulate_grad_hook(partial(_tell, me, index))
                  for index, p in enumerate(self.parameters)]  # fmt: skip
@@ -114,6 +115,12 @@ class Reducer:
             *assign(self.parameters, caps, usual),
             *assign(self.parameters, caps[-1:], self._delayed),
         ]
+
+    def _make_first(self) -> None:
+        """Buckets in reverse order of registration, to be rebuilt after a pass."""
+        self._make(self._assigned(reversed(range(len(self.parameters))), self.caps))
+        self.first_sizes = [bucket.gradients.nbytes for bucket in self.buckets]  # in bytes
+        self.rebuilt, self._order = False, []
 
     def _make(self, members: Sequence[Sequence[int]]) -> None:
         """New buckets; gradients and flags that are there move into them."""
@@ -159,6 +166,9 @@ class Reducer:
             )
         self._hook = hook, state
         self._tunes, self.tuner = False, None
+        if self._chooses and not self._aside:  # from now on something does run beside backward
+            self.caps = DEFAULT_CAPS
+            self._make_first()
 
     @property
     def hook_name(self) -> str | None:

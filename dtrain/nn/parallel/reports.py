@@ -120,6 +120,7 @@ class ReportingModel:
 
         Times are in nanoseconds, of the monotonic clock: `avg_*` are means over all passes that
         reduced, the others are of the last one; there are none before the first.
+        `bucket_cap_bytes` is sys.maxsize where all gradients of a dtype are one bucket.
         `backward_comm_time` is the sum of what the buckets' calls took, and
         `backward_compute_comm_overlap_time` the part of it beside backward. Not in torch:
         `avg_exposed_comm_time`, from the last gradient to the end of backward;

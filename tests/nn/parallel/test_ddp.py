@@ -7,6 +7,7 @@ import pytest
 
 import dtrain as torch
 import dtrain.distributed as dist
+from dtrain.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from dtrain.nn.parallel import DistributedDataParallel as DDP
 from dtrain.nn.parallel.buckets import DEFAULT_CAPS, FIRST_CAP, MIB, assign
 from dtrain.testing.distributed import run_distributed
@@ -336,6 +337,41 @@ def check_one_reduction_per_bucket():
 
 def test_one_reduction_per_bucket():
     run_distributed(2, check_one_reduction_per_bucket)
+
+
+def check_one_bucket_unless_something_runs_aside():
+    """Reduced by the caller all is one call; sizes that were asked for stay; a hook has more."""
+    dist.group.WORLD.arrays.runs_aside = False  # what shm says where ranks have one core each
+    found = []
+    for cap in (None, 1.0):
+        torch.manual_seed(3)
+        model = DDP(nn.Sequential(*[nn.Linear(600, 600) for _ in range(3)]), bucket_cap_mb=cap)
+        x = torch.randn(4, 600) * (1 + dist.get_rank())
+        before = dist.group.WORLD.arrays.statistics().completed
+        (model(x) ** 2).sum().backward()
+        calls = dist.group.WORLD.arrays.statistics().completed - before
+        assert calls == len(model.reducer.buckets) == (1 if cap is None else 3)
+        found.append(gradients(model))
+    for name, gradient in found[0].items():
+        np.testing.assert_array_equal(gradient, found[1][name])
+    model = DDP(nn.Sequential(*[nn.Linear(600, 600) for _ in range(3)]))
+    x = torch.ones(4, 600)
+    with model.no_sync():
+        model(x).sum().backward()
+    kept = gradients(model)
+    model.register_comm_hook(None, allreduce_hook)
+    assert len(model.reducer.buckets) == 2  # of 1 MiB and more, and the rest
+    for name, gradient in gradients(model).items():
+        np.testing.assert_array_equal(gradient, kept[name])  # they have moved along
+    model.zero_grad()
+    for _ in range(2):  # before and after the buckets are rebuilt
+        model(x).sum().backward()
+    for name, gradient in gradients(model).items():
+        np.testing.assert_allclose(gradient, 2 * kept[name], rtol=1e-6)  # ranks have the same x
+
+
+def test_one_bucket_where_nothing_runs_beside_backward():
+    run_distributed(2, check_one_bucket_unless_something_runs_aside)
 
 
 def parameters_of(*sizes, dtype=torch.float32):
