@@ -33,6 +33,22 @@ def check_same_parameters(named: Sequence[tuple[str, Any]], group: ProcessGroup)
             raise RuntimeError(_difference(everyone[0], theirs, group.ranks[rank]))
 
 
+def check_arguments(module: Any, delayed: Sequence[Any], every: Any) -> None:
+    """Errors for what cannot be wrapped, or is not what its argument is meant to be."""
+    if not isinstance(module, Module):
+        raise TypeError(f"DistributedDataParallel wraps an nn.Module, got {type(module).__name__}")
+    if not isinstance(every, int) or every < 0:
+        raise ValueError(f"divergence_check_every is a number of passes, or 0, got {every!r}")
+    own = {id(parameter) for parameter in module.parameters()}
+    for entry in delayed:
+        if not isinstance(entry, (list, tuple)) or len(entry) != 2 or id(entry[1]) not in own:
+            named = entry[0] if isinstance(entry, (list, tuple)) and entry else entry
+            raise ValueError(
+                "delay_all_reduce_named_params has (name, parameter) pairs of the model that is "
+                f"wrapped, and {named!r} is none"
+            )
+
+
 def check_parts(named: Sequence[tuple[str, Any]], group: ProcessGroup) -> None:
     """RuntimeError for a parameter that is cut over ranks which the group would average over."""
     for name, parameter in named:

@@ -31,7 +31,13 @@ from dtrain.dtypes import bfloat16, float16
 from dtrain.flat import FlatBuffer
 from dtrain.nn.modules.module import Module
 from dtrain.nn.parallel.buckets import DEFAULT_CAPS, MIB
-from dtrain.nn.parallel.checks import Inventory, Watch, check_parts, check_same_parameters
+from dtrain.nn.parallel.checks import (
+    Inventory,
+    Watch,
+    check_arguments,
+    check_parts,
+    check_same_parameters,
+)
 from dtrain.nn.parallel.divergence import Sentinel
 from dtrain.nn.parallel.joining import JoiningModel
 from dtrain.nn.parallel.mixed_precision import (
@@ -108,6 +114,8 @@ class DistributedDataParallel(Module, JoiningModel, ReportingModel):
     ) -> None:
         super().__init__()
         Joinable.__init__(self)
+        delayed_params = list(delay_all_reduce_named_params or ())
+        check_arguments(module, delayed_params, divergence_check_every)
         ignored = list(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
         named = [(n, p) for n, p in module.named_parameters()
                  if p.requires_grad and n not in ignored]  # fmt: skip
@@ -130,7 +138,7 @@ class DistributedDataParallel(Module, JoiningModel, ReportingModel):
             self._copy_buffers()
         every = divergence_check_every
         sentinel = Sentinel(named, self.process_group, every) if every else None
-        delayed = {id(p) for _, p in delay_all_reduce_named_params or ()}
+        delayed = {id(p) for _, p in delayed_params}
         tunes = bucket_cap_mb == "auto"
         self.reducer = Reducer(named, self.process_group, caps, sentinel, delayed, tunes)
         self._inventory = Inventory(module, [p for _, p in named], ignored)
@@ -204,9 +212,12 @@ class DistributedDataParallel(Module, JoiningModel, ReportingModel):
         of 8 bytes and one more pass over the gradients. Gradients left from an earlier step do not
         mix with it: call zero_grad() after each.
         """
-        if weight is not None and not weight >= 0:
-            raise ValueError(f"a loss's weight must not be negative, got {weight}")
-        self.reducer.loss_weight = None if weight is None else float(weight)
+        if weight is not None and not 0 <= (weight := float(weight)) < float("inf"):
+            raise ValueError(f"a loss's weight is finite and not negative, got {weight}")
+        self.reducer.loss_weight = weight
+
+    def _set_static_graph(self) -> None:
+        """Accepted and ignored, as `static_graph` is."""
 
     def register_comm_hook(self, state: Any, hook: CommHook) -> None:
         """Let `hook(state, bucket)` reduce the gradients instead of the mean over ranks.

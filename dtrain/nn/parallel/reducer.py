@@ -33,6 +33,7 @@ from dtrain.nn.parallel.buckets import DEFAULT_CAPS, WHOLE, Bucket, assign
 from dtrain.nn.parallel.divergence import Sentinel
 from dtrain.nn.parallel.meter import Meter
 from dtrain.nn.parallel.tuning import Tuner
+from dtrain.tensor import Tensor
 
 CommHook = Callable[[Any, Any], Future[Any]]
 
@@ -325,7 +326,7 @@ class Reducer:
         bucket = flight.bucket
         try:
             if flight.future is not None:
-                _take(flight.future.wait(), bucket)
+                _take(flight.future.wait(), bucket, self.hook_name)
             flight.work.wait()
         except DistError as error:
             error.add_note(self._where(bucket))
@@ -398,8 +399,15 @@ def _let_go(
             del parameter._home
 
 
-def _take(value: Any, bucket: Bucket) -> None:
+def _take(value: Any, bucket: Bucket, hook: str | None) -> None:
     """Put what a communication hook's future gave into the bucket, unless it is there already."""
-    result = value[0] if isinstance(value, (list, tuple)) else value
+    result = value[0] if isinstance(value, (list, tuple)) and value else value
+    size = bucket.gradients.size
+    if not isinstance(result, Tensor) or result.numel() != size:
+        got = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
+        raise ValueError(
+            f"the future of the communication hook {hook} gave {got} for bucket {bucket.index}, "
+            f"expected a Tensor like bucket.buffer(), of {size} elements"
+        )
     if result._data is not bucket.gradients:
         np.copyto(bucket.gradients, result._data.reshape(-1), casting="same_kind")

@@ -108,3 +108,39 @@ def check_clipping():
 
 def test_clipping_is_by_the_norm_of_the_mean():
     run_distributed(2, check_clipping)
+
+
+def gives(value):
+    """A communication hook whose future has this value."""
+
+    def hook(state, bucket):
+        future = torch.futures.Future()
+        future.set_result(value)
+        return future
+
+    return hook
+
+
+def check_wrong_input():
+    with pytest.raises(TypeError, match=r"wraps an nn\.Module, got function"):
+        DDP(lambda x: x)
+    for every in (-1, 1.5, None):
+        with pytest.raises(ValueError, match="is a number of passes, or 0, got"):
+            DDP(nn.Linear(2, 2), divergence_check_every=every)
+    for wrong in (("mine", nn.Parameter(torch.ones(1))), "mine"):
+        with pytest.raises(ValueError, match="of the model that is wrapped, and 'mine' is none"):
+            DDP(nn.Linear(2, 2), delay_all_reduce_named_params=[wrong])
+    model = DDP(nn.Linear(2, 2))
+    model._set_static_graph()
+    for weight in (float("inf"), float("nan"), -1):
+        with pytest.raises(ValueError, match="finite and not negative, got"):
+            model.set_loss_weight(weight)
+    for value, shown in ((torch.ones(3), r"\[3\]"), ("text", "str"), ([], "list")):
+        model = DDP(nn.Linear(2, 2))
+        model.register_comm_hook(None, gives(value))
+        with pytest.raises(ValueError, match=f"hook hook gave {shown} for bucket 0, expected a T"):
+            model(torch.ones(1, 2)).sum().backward()
+
+
+def test_wrong_input_is_refused():
+    run_distributed(1, check_wrong_input)
