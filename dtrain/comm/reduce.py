@@ -45,7 +45,9 @@ _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _FLOAT16 = np.dtype(np.float16)
 _FLOAT32 = np.dtype(np.float32)
 
-_BLOCK = 1 << 16  # elements that are converted at a time
+_BLOCK = 1 << 15  # elements that are converted at a time, in cache
+_SMALL = 1 << 12  # below this NumPy's own conversion is as fast
+_OVERFLOWS = 0x477FF000  # the bits of 65520, which is no float16 any more
 
 _UFUNCS: dict[str, np.ufunc] = {
     "SUM": np.add,
@@ -161,17 +163,52 @@ def _combine_wide(op: ReduceOp, contributions: Sequence[Array], out: Array) -> N
 
 
 def rounded(values: Array, dtype: np.dtype[Any]) -> Array:
-    """`values.astype(dtype)` with the same bits, without NumPy's slow way to small float16.
+    """`values.astype(dtype)` with the same bits, without NumPy's slow way to float16.
 
-    Below 2**-14 float16 has steps of 2**-24, as float32 has around 0.75: adding that rounds. 1 M
-    gradients of about 1e-6: 7 ms instead of 100 ms. Overflow warns as in `astype`.
+    1 M gradients of about 1e-6: 2 ms instead of 63, of about 1e-4: 2 instead of 34, of about 1: as
+    long. Overflow warns as in `astype`.
     """
-    if dtype != _FLOAT16 or values.dtype != _FLOAT32:
+    if dtype != _FLOAT16 or values.dtype != _FLOAT32 or values.size < _SMALL:
         return values.astype(dtype, copy=False)
-    near = np.add(values, _FLOAT32.type(0.75), out=np.empty_like(values))  # 0-d stays an array
-    np.subtract(near, _FLOAT32.type(0.75), out=near)
-    np.copyto(near, values, where=np.abs(values) >= _FLOAT32.type(2.0**-14))
-    return np.copysign(near, values, out=near).astype(dtype)  # -0.0 stays one
+    out = np.empty(values.shape, dtype)
+    source, target = values.reshape(-1), out.reshape(-1)
+    spare = np.empty((3, min(_BLOCK, values.size)), np.uint32)
+    for at in range(0, values.size, _BLOCK):
+        part = source[at : at + _BLOCK]
+        _round(part, target[at : at + _BLOCK], *spare[:, : part.size])
+    return out
+
+
+def _round(values: Array, out: Array, size: Array, half: Array, mask: Array) -> None:
+    """One block of float32 to float16, by bits; the last three are memory to work in.
+
+    Normal: half of the lowest bit that stays is added, a bit less if that one is even, then the
+    exponent's offset goes from 127 to 15. Below 2**-14 float16 has steps of 2**-24, as float32 has
+    around 0.5: adding that rounds, and leaves the bits. Without a branch: both are computed.
+    """
+    bits, signed = values.view(np.uint32), mask.view(np.int32)
+    np.bitwise_and(bits, 0x7FFFFFFF, out=size)
+    if size.max() >= _OVERFLOWS:
+        out[...] = values  # also what is infinite, or no number
+        return
+    np.right_shift(size, 13, out=half)
+    np.bitwise_and(half, 1, out=half)
+    half += 0xFFF
+    half += size
+    np.right_shift(half, 13, out=half)
+    half -= 112 << 10
+    np.subtract(size.view(np.int32), 0x38800000, out=signed)  # negative below 2**-14
+    np.right_shift(signed, 31, out=signed)  # all ones there
+    small = size.view(_FLOAT32)
+    small += _FLOAT32.type(0.5)
+    size -= 0x3F000000
+    size ^= half
+    size &= mask
+    half ^= size
+    np.right_shift(bits, 16, out=mask)
+    mask &= 0x8000
+    half |= mask
+    out.view(np.uint16)[...] = half
 
 
 def wide(values: Array, dtype: np.dtype[Any]) -> Array:
@@ -180,7 +217,7 @@ def wide(values: Array, dtype: np.dtype[Any]) -> Array:
     A table has all float16 there are: 1 M gradients of about 1e-6 take 1 ms instead of 11. Blocks
     keep the indices, which NumPy makes 8 bytes wide, in cache.
     """
-    if values.dtype != _FLOAT16 or dtype != _FLOAT32 or values.size < _BLOCK // 16:
+    if values.dtype != _FLOAT16 or dtype != _FLOAT32 or values.size < _SMALL:
         return np.asarray(values, dtype)
     out = np.empty(values.shape, dtype)
     places, flat = values.reshape(-1).view(np.uint16), out.reshape(-1)

@@ -158,11 +158,19 @@ def test_rounding_to_float16_has_the_bits_of_numpys():
     exact = np.concatenate([halves, middles, np.float32([65519, 65520, 1e30, np.inf, -np.inf, 0])])
     around = [np.nextafter(exact, np.float32(to)) for to in (-np.inf, np.inf)]
     values = np.concatenate([exact, -exact, *around])
+    finite = values[np.abs(values) < 65520]
+    assert finite.size > 6 * r._BLOCK
+    mixed = np.random.default_rng(0).permutation(values)
     with np.errstate(all="ignore"):
-        expected = values.astype(np.float16)
-        got = r.rounded(values, np.dtype(np.float16))
-    assert got.tobytes() == expected.tobytes()
-    assert np.isnan(r.rounded(np.float32([np.nan]), np.dtype(np.float16))).all()
+        for some in (values, finite, finite[::-1], finite[: 2 * r._SMALL].reshape(2, -1), mixed):
+            got = r.rounded(some, np.dtype(np.float16))
+            assert got.shape == some.shape
+            assert got.tobytes() == some.astype(np.float16).tobytes()
+        strange = np.float32([np.nan, -np.nan, 1.0] * r._SMALL)
+        got = r.rounded(strange, np.dtype(np.float16))
+    assert got.tobytes() == strange.astype(np.float16).tobytes()
+    with pytest.warns(RuntimeWarning, match="overflow"):
+        r.rounded(np.full(r._SMALL, 1e6, np.float32), np.dtype(np.float16))
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3,)])
