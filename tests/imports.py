@@ -58,7 +58,7 @@ LAUNCHER_READS = ("dtrain.comm.store", "dtrain.flight", "dtrain.stacks")
 LAZY = {"cloudpickle", "mpi4py", "psutil", "safetensors", "threadpoolctl"}
 # A package's face may load sub-packages when they are first asked for, a registry what it lists.
 DYNAMIC = {"dtrain", "dtrain.autograd", "dtrain.nn", "dtrain.utils", "dtrain.distributed"}
-DYNAMIC |= {"dtrain.comm.transports.base", "dtrain.testing.rank"}
+DYNAMIC |= {"dtrain.comm.transports.base", "dtrain.testing.rank", "dtrain.distributed.rpc.names"}
 
 
 @dataclass(frozen=True)

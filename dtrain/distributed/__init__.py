@@ -158,6 +158,7 @@ _LAZY = (
     "nn",
     "optim",
     "pipelining",
+    "rpc",
     "tensor",
 )
 _LAZY_NAMES = ("DeviceMesh", "init_device_mesh")

@@ -9,7 +9,8 @@ else raises TypeError with the path to it.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import msgpack
@@ -27,68 +28,83 @@ MAX_DEPTH = 64
 _MALFORMED = (ValueError, TypeError, KeyError, RuntimeError, OverflowError, msgpack.UnpackException)
 
 
-def encode(value: Any) -> bytes:
-    """The bytes of `value`; TypeError names the part that is not plain data."""
-    packed: bytes = msgpack.packb(_plain(value, "object", 0), use_bin_type=True)
+# leaf(value, path): the extension of what is no container, or an error that names the path.
+Leaf = Callable[[Any, str], msgpack.ExtType]
+Readers = Mapping[int, Callable[[Any], Any]]  # {code of an extension: what makes its value}
+
+
+def encode(value: Any, leaf: Leaf | None = None, path: str = "object") -> bytes:
+    """The bytes of `value`; TypeError names the part, below `path`, that is not plain data.
+
+    `leaf` takes the place of `plain_leaf`, for those who send more than plain data.
+    """
+    packed: bytes = msgpack.packb(plain(value, path, 0, leaf or plain_leaf), use_bin_type=True)
     return packed
 
 
-def decode(data: bytes) -> Any:
-    """The value of `encode`'s bytes; ValueError on anything malformed."""
+def decode(data: Any, readers: Readers | None = None) -> Any:
+    """The value of `encode`'s bytes; ValueError on anything malformed.
+
+    `readers`: what reads the extensions, those of plain data unless told otherwise.
+    """
+    hook = partial(_unpack_extension, READERS if readers is None else readers)
     try:
-        return msgpack.unpackb(data, raw=False, strict_map_key=False, ext_hook=_unpack_extension)
+        return msgpack.unpackb(data, raw=False, strict_map_key=False, ext_hook=hook)
     except _MALFORMED as error:
         raise ValueError(f"malformed object from another rank: {error}") from None
 
 
-def _extension(code: int, value: Any) -> msgpack.ExtType:
+def extension(code: int, value: Any) -> msgpack.ExtType:
     return msgpack.ExtType(code, msgpack.packb(value, use_bin_type=True))
 
 
-def _plain(value: Any, path: str, depth: int) -> Any:
-    """`value` in what msgpack knows, extensions for the rest."""
+def plain(value: Any, path: str, depth: int, leaf: Leaf) -> Any:
+    """`value`, which is at `path`, in what msgpack knows, extensions for the rest."""
     if depth > MAX_DEPTH:
         raise TypeError(f"{path}: nested deeper than {MAX_DEPTH} (or a cycle)")
     kind = type(value)
     if value is None or kind in (bool, float, str, bytes):
         return value
     if kind is int:
-        return value if -(2**63) <= value < 2**64 else _extension(BIG_INT, str(value))
+        return value if -(2**63) <= value < 2**64 else extension(BIG_INT, str(value))
     if kind is list:
-        return [_plain(v, f"{path}[{i}]", depth + 1) for i, v in enumerate(value)]
+        return [plain(v, f"{path}[{i}]", depth + 1, leaf) for i, v in enumerate(value)]
     if kind is dict:
         return {
-            _plain(k, f"{path} key {k!r}", depth + 1): _plain(v, f"{path}[{k!r}]", depth + 1)
+            plain(k, f"{path} key {k!r}", depth + 1, leaf): plain(
+                v, f"{path}[{k!r}]", depth + 1, leaf
+            )
             for k, v in value.items()
         }
     if kind in _SEQUENCES:
-        inner = [_plain(v, f"{path}[{i}]", depth + 1) for i, v in enumerate(value)]
-        return _extension(_SEQUENCES[kind], inner)
+        inner = [plain(v, f"{path}[{i}]", depth + 1, leaf) for i, v in enumerate(value)]
+        return extension(_SEQUENCES[kind], inner)
     if kind in _SETS:
-        return _extension(_SETS[kind], [_plain(v, f"{path} member", depth + 1) for v in value])
+        return extension(_SETS[kind], [plain(v, f"{path} member", depth + 1, leaf) for v in value])
     if kind is OrderedDict:
-        pairs = [_plain(list(pair), f"{path} item", depth + 1) for pair in value.items()]
-        return _extension(ORDERED, pairs)
-    return _leaf(value, path)
+        pairs = [plain(list(pair), f"{path} item", depth + 1, leaf) for pair in value.items()]
+        return extension(ORDERED, pairs)
+    return leaf(value, path)
 
 
 _SEQUENCES: dict[type, int] = {tuple: TUPLE, Size: SIZE}
 _SETS: dict[type, int] = {set: SET, frozenset: FROZENSET}
 
 
-def _leaf(value: Any, path: str) -> msgpack.ExtType:
+def plain_leaf(value: Any, path: str) -> msgpack.ExtType:
+    """The extension of a scalar, an array or a tensor; TypeError for anything else."""
     kind = type(value)
     if kind is complex:
-        return _extension(COMPLEX, [value.real, value.imag])
+        return extension(COMPLEX, [value.real, value.imag])
     if kind is dtypes.dtype:
-        return _extension(DTYPE, value.name)
+        return extension(DTYPE, value.name)
     if kind is device:
-        return _extension(DEVICE, str(value))
+        return extension(DEVICE, str(value))
     for code, base in ((TENSOR, Tensor), (ARRAY, np.ndarray), (SCALAR, np.generic)):
         if isinstance(value, base):
             need_whole("sending it as an object", value)
             array = value._data if isinstance(value, Tensor) else np.asarray(value)
-            return _extension(code, _array_parts(array, path))
+            return extension(code, _array_parts(array, path))
     raise TypeError(
         f"{path}: a {kind.__module__}.{kind.__qualname__} cannot be sent to other ranks; send "
         "plain data (numbers, str, bytes, list, tuple, dict, set, arrays, tensors)"
@@ -102,11 +118,12 @@ def _array_parts(array: np.ndarray, path: str) -> list[Any]:
     return [name, list(array.shape), np.ascontiguousarray(array).tobytes()]
 
 
-def _unpack_extension(code: int, data: bytes) -> Any:
-    value = msgpack.unpackb(data, raw=False, strict_map_key=False, ext_hook=_unpack_extension)
-    if code not in _READERS:
+def _unpack_extension(readers: Readers, code: int, data: bytes) -> Any:
+    hook = partial(_unpack_extension, readers)
+    value = msgpack.unpackb(data, raw=False, strict_map_key=False, ext_hook=hook)
+    if code not in readers:
         raise ValueError(f"unknown extension {code}")
-    return _READERS[code](value)
+    return readers[code](value)
 
 
 def _array(parts: list[Any]) -> np.ndarray:
@@ -114,7 +131,7 @@ def _array(parts: list[Any]) -> np.ndarray:
     return np.frombuffer(raw, dtypes.BY_NAME[name].numpy).reshape(shape).copy()
 
 
-_READERS: dict[int, Callable[[Any], Any]] = {
+READERS: dict[int, Callable[[Any], Any]] = {
     **{TUPLE: tuple, SET: set, FROZENSET: frozenset, SIZE: Size, ORDERED: OrderedDict},
     **{COMPLEX: lambda parts: complex(*parts), BIG_INT: int},
     **{DTYPE: lambda name: dtypes.BY_NAME[name], DEVICE: device},

@@ -1,0 +1,397 @@
+"""One worker: calls others, serves their calls, and keeps the books of references.
+
+Owns: `Agent`. Five messages: CALL (run this; with a name, keep the result under it), FETCH (send
+the value of a reference), REPLY, CANCEL, BOOKS (of `ledger`), and DRAIN while shutting down. Rules:
+1. the I/O thread decodes envelopes and keeps the books; user functions, and the decoding of what
+users sent, run in the pool. 2. A call is sent once and never again; it ends with an answer, a
+timeout or the loss of its worker. 3. What is given away is in the books before it is sent.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from concurrent.futures import CancelledError
+from functools import partial
+from typing import Any
+
+from dtrain.comm.work import Future
+from dtrain.distributed.rpc import failures
+from dtrain.distributed.rpc.calls import Call, RpcFuture, Statistics
+from dtrain.distributed.rpc.failures import RpcTimeout
+from dtrain.distributed.rpc.functions import is_async
+from dtrain.distributed.rpc.ledger import Name
+from dtrain.distributed.rpc.line import Line, as_buffer
+from dtrain.distributed.rpc.options import UNSET_RPC_TIMEOUT, WorkerInfo
+from dtrain.distributed.rpc.payload import Packed, pack, unpack
+from dtrain.distributed.rpc.pool import Pool, waiting
+from dtrain.distributed.rpc.references import References, shown
+from dtrain.distributed.rpc.rref import RRef
+from dtrain.errors import DistError, PeerLost
+
+__all__ = ["Agent"]
+
+CALL, FETCH, REPLY, CANCEL, BOOKS, DRAIN = range(6)
+
+# A body beyond this goes beside its envelope, which must fit into one frame.
+_INLINE = 64 * 1024
+
+# Calls to one worker without an answer; whoever wants more waits.
+IN_FLIGHT = 4096
+
+_log = logging.getLogger("dtrain.rpc")
+
+
+class Agent:
+    """Worker `rank` of those called `names`; `accepts[r]`: whether worker r accepts code."""
+
+    def __init__(
+        self, line: Line, rank: int, names: list[str], accepts: list[bool], threads: int,
+        patience: float,
+    ) -> None:  # fmt: skip
+        self.rank, self.names, self._accepts, self.patience = rank, names, accepts, patience
+        self.pool = Pool(threads, f"rpc {names[rank]}")
+        self.statistics = Statistics()
+        self._line = line
+        self.references = References(self, rank, self.pool, self._post_books)
+        self._calls: dict[int, Call] = {}
+        self._ids = itertools.count()
+        self._cancelled: set[tuple[int, int]] = set()
+        self._serving: set[tuple[int, int]] = set()
+        self._room = [threading.BoundedSemaphore(IN_FLIGHT) for _ in names]
+        self._lost: dict[int, PeerLost] = {}
+        self._failed: BaseException | None = None
+        self.sent = self.served = 0
+        self.drains: dict[tuple[int, int], list[int]] = {}  # {(round, worker): [sent, served]}
+        self.moved = threading.Condition()
+        line.on_envelope, line.on_message = self._note_references, self._on_message
+        line.chores, line.on_failure = self._chores, self._fail
+        line.start()
+
+    # ---- calling
+
+    def worker(self, to: Any) -> int:
+        """The rank that `to` means: a name, a rank or a `WorkerInfo`."""
+        rank = to.id if isinstance(to, WorkerInfo) else to
+        if isinstance(rank, str):
+            if rank not in self.names:
+                raise ValueError(f"Unknown destination worker {rank} (known: {self.names})")
+            return self.names.index(rank)
+        if isinstance(rank, bool) or not isinstance(rank, int):
+            raise ValueError(f"Cannot get WorkerInfo from name {to}")
+        if not 0 <= rank < len(self.names):
+            raise ValueError(f"Unknown destination worker {rank} (of {len(self.names)})")
+        return rank
+
+    def rpc_sync(self, to: Any, func: Any, args: Any, kwargs: Any, timeout: float) -> Any:
+        return self.rpc_async(to, func, args, kwargs, timeout).wait()
+
+    def rpc_async(self, to: Any, func: Any, args: Any, kwargs: Any, timeout: float) -> RpcFuture:
+        return self._call(self.worker(to), func, args, kwargs, timeout, None)
+
+    def remote(self, to: Any, func: Any, args: Any, kwargs: Any, timeout: float) -> RRef:
+        owner = self.worker(to)
+        handle = self.references.expect(owner)
+        handle._made = self._call(owner, func, args, kwargs, timeout, handle.name)
+        return handle
+
+    def _call(
+        self, to: int, func: Any, args: Any, kwargs: Any, timeout: float, name: Name | None
+    ) -> RpcFuture:
+        if not callable(func):
+            raise TypeError(f"the function to call must be callable, got {type(func).__name__}")
+        what = getattr(func, "__qualname__", repr(func))
+        parts = [func, tuple(args or ()), dict(kwargs or {})]
+        packed = pack(parts, "call", code=self._accepts[to], reference=RRef)
+        return self._start(to, CALL, what, timeout, packed, name)
+
+    def _start(
+        self, to: int, kind: int, what: str, timeout: float, packed: Packed, name: Name | None
+    ) -> RpcFuture:
+        """Send a request; the future of its answer."""
+        patience = self.patience if timeout == UNSET_RPC_TIMEOUT else float(timeout)
+        future = RpcFuture(self.pool)
+        deadline = time.monotonic() + patience if patience > 0 else None
+        if not self._room[to].acquire(blocking=False):
+            with waiting():
+                if not self._room[to].acquire(timeout=patience if patience > 0 else None):
+                    raise self._too_late(to, what, patience)
+        number = next(self._ids)
+        future._give_up = partial(self._end, number, CancelledError(), True)
+        self._calls[number] = Call(future, to, what, deadline, patience)
+        self.sent += 1
+        try:
+            self._send(to, [kind, number, None if name is None else list(name)], packed)
+        except BaseException as error:
+            self._end(number, self._in_our_words(to, what, error))
+        if to in self._lost or self._failed is not None:
+            self._end(number, self._failed or self._loss(to, what))
+        return future
+
+    def _send(self, to: int, head: list[Any], packed: Packed) -> None:
+        body, arrays, references = packed
+        self.references.give(references, to)
+        given = [list(reference.name) for reference in references]
+        beside = len(body) > _INLINE
+        buffers = [as_buffer(body), *arrays] if beside else arrays
+        envelope = [*head, given, None if beside else body]
+        if to != self.rank:
+            self._line.send(to, envelope, buffers)
+            return
+        copies = [buffer.copy() for buffer in buffers]
+        self._note_references(to, envelope)
+        self._on_message(to, envelope, copies)
+
+    def _end(self, number: int, outcome: Any, tell: bool = False) -> None:
+        """Complete a call, unless it is complete, with an error or a tuple of one value."""
+        call = self._calls.pop(number, None)
+        if call is None:
+            return
+        self._room[call.worker].release()
+        if tell and call.worker != self.rank and call.worker not in self._lost:
+            self._post(call.worker, [CANCEL, number, None, [], b""])
+        elif tell and call.worker == self.rank:
+            self._cancelled.add((self.rank, number))
+        if isinstance(outcome, BaseException):
+            call.future.set_exception(outcome)
+        else:
+            call.future.set_result(outcome[0])
+
+    def _post(self, to: int, envelope: list[Any]) -> None:
+        """Send a message of our own; whoever is gone needs it no more."""
+        try:
+            self._line.send(to, envelope)
+        except PeerLost:
+            _log.debug("worker %s is gone: not told", self.names[to])
+
+    def _post_books(self, to: int, letter: list[Any]) -> None:
+        self._post(to, [BOOKS, 0, letter, [], b""])
+
+    def _loss(self, worker: int, what: str) -> PeerLost:
+        loss = self._lost.get(worker) or self._line.lost.get(worker) or PeerLost(worker)
+        return loss.at(f"call of {what}: worker {self.names[worker]!r}")
+
+    def _in_our_words(self, worker: int, what: str, error: BaseException) -> BaseException:
+        return self._loss(worker, what) if isinstance(error, PeerLost) else error
+
+    def _too_late(self, worker: int, what: str, patience: float) -> RpcTimeout:
+        return RpcTimeout(
+            f"RPC ran for more than set timeout ({round(patience * 1000)} ms) and will now be "
+            f"marked with an error: {what} on worker {self.names[worker]!r} has not answered",
+            worker=self.names[worker],
+            timeout=patience,
+        )
+
+    # ---- what arrives (I/O thread)
+
+    def _note_references(self, sender: int, envelope: list[Any]) -> None:
+        """Write down the references in a message before anything that comes after it is heard."""
+        kind, _, name, given, _ = envelope
+        if kind == CALL and name is not None:
+            self.references.create(Name(*name), sender)
+        envelope[3] = self.references.take(given, sender)
+
+    def _on_message(self, sender: int, envelope: list[Any], buffers: list[Any]) -> None:
+        kind, number, name, held, body = envelope
+        if kind == REPLY:
+            self._on_reply(number, name, body, buffers, held)
+        elif kind == CALL:
+            self._serving.add((sender, number))
+            begun = time.perf_counter()
+            task = partial(self._serve, sender, number, name, body, buffers, held, begun)
+            self.pool.submit(task)
+        elif kind == FETCH:
+            self._serving.add((sender, number))
+            self._on_fetch(sender, number, Name(*name))
+        elif kind == CANCEL:
+            if (sender, number) in self._serving:
+                self._cancelled.add((sender, number))
+        elif kind == BOOKS:
+            self.references.hear(sender, *name)
+        elif kind == DRAIN:
+            with self.moved:
+                self.drains[number, sender] = list(name)
+                self.moved.notify_all()
+        else:
+            raise ValueError(f"a message of unknown kind {kind}")
+
+    def _on_reply(self, number: int, well: Any, body: Any, buffers: Any, held: Any) -> None:
+        call = self._calls.get(number)
+        if call is None:  # it has timed out, or was given up
+            return
+        try:
+            value = self._unpacked(body, buffers)
+            self._end(number, (value,) if well else failures.told(value))
+        except Exception as error:
+            error.add_note(f"while reading the answer to {call.what}")
+            self._end(number, error)
+
+    def _unpacked(self, body: Any, buffers: list[Any]) -> Any:
+        if body is None:
+            body, *buffers = buffers
+        return unpack(body, buffers, self.references.handle, code=self._accepts[self.rank])
+
+    def _on_fetch(self, sender: int, number: int, name: Name) -> None:
+        made = self.references.values.get(name)
+        if made is None:
+            gone = DistError(
+                f"the value of {shown(name)} is gone: the worker that passed on this reference died"
+                " before its owner knew of it"
+            )
+            self.pool.submit(partial(self._answer, sender, number, None, gone))
+            return
+        made.add_done_callback(lambda done: self._answer_with(sender, number, done))
+
+    # ---- serving (pool)
+
+    def _serve(
+        self, sender: int, number: int, name: Any, body: Any, buffers: Any, held: Any, since: float
+    ) -> None:
+        begun = time.perf_counter()
+        if (sender, number) in self._cancelled:
+            self._answer(sender, number, name, CancelledError())
+            return
+        what = "?"
+        try:
+            func, args, kwargs = self._unpacked(body, buffers)
+            what = f"{func.__module__}.{func.__qualname__}"
+            result = func(*args, **kwargs)
+            if is_async(func):
+                if not isinstance(result, Future):
+                    raise TypeError(
+                        f"{what} is an async_execution function: it must return a Future, got "
+                        f"{type(result).__name__}"
+                    )
+                result.add_done_callback(lambda done: self._answer_with(sender, number, done, name))
+            else:
+                self._answer(sender, number, name, result)
+        except BaseException as error:
+            self._answer(sender, number, name, error)
+        nbytes = len(body or b"") + sum(buffer.nbytes for buffer in buffers)
+        self.statistics.add(what, nbytes, begun - since, time.perf_counter() - begun)
+
+    def _answer_with(self, sender: int, number: int, done: Future[Any], name: Any = None) -> None:
+        error = done.exception()
+        self._answer(sender, number, name, done.value() if error is None else error)
+
+    def _answer(self, sender: int, number: int, name: Any, result: Any) -> None:
+        """Send a result (an exception: an error), or keep it where there is a name for it."""
+        here = self.names[self.rank]
+        well = not isinstance(result, BaseException)
+        if name is not None:
+            cell = self.references.values.get(Name(*name))
+            if cell is not None:
+                cell.set_result(result) if well else cell.set_exception(result)
+            result = None if well else result
+        try:
+            packed = self._packed(sender, result if well else failures.tell(result, here))
+        except BaseException as error:
+            well = False
+            packed = self._packed(sender, failures.tell(error, here))
+        try:
+            if (sender, number) not in self._cancelled:
+                self._send(sender, [REPLY, number, well], packed)
+        except PeerLost:
+            _log.debug("worker %s is gone: nobody waits for the answer", self.names[sender])
+        finally:
+            self._cancelled.discard((sender, number))
+            self._serving.discard((sender, number))
+            self.served += 1
+
+    def _packed(self, to: int, value: Any) -> Packed:
+        packed = pack(value, "result", code=self._accepts[to], reference=RRef)
+        if to != self.rank:  # what was returned may change before it has arrived
+            packed = packed._replace(arrays=[array.copy() for array in packed.arrays])
+        return packed
+
+    # ---- references
+
+    def local_value(self, handle: RRef) -> Any:
+        """As `RRef.local_value`."""
+        cell = self.references.values.get(handle.name)
+        if cell is None:
+            raise RuntimeError(f"the value of {handle!r} is gone")
+        return cell.wait()
+
+    def fetch(self, handle: RRef, timeout: float) -> Any:
+        """As `RRef.to_here`."""
+        if handle.is_owner():
+            patience = self.patience if timeout == UNSET_RPC_TIMEOUT else timeout
+            try:
+                return self.references.values[handle.name].wait(patience if patience > 0 else None)
+            except TimeoutError:
+                raise self._too_late(self.rank, "to_here", patience) from None
+        owner = handle.name.owner
+        nothing = Packed(b"", [], [])
+        return self._start(owner, FETCH, "to_here", timeout, nothing, handle.name).wait()
+
+    # ---- now and then (I/O thread)
+
+    def _chores(self) -> None:
+        now = time.monotonic()
+        for worker, loss in list(self._line.lost.items()):
+            if worker not in self._lost:
+                self._lose(worker, loss)
+        for number, call in list(self._calls.items()):
+            if call.deadline is not None and now >= call.deadline:
+                self._end(number, self._too_late(call.worker, call.what, call.timeout), True)
+        self.references.collect()
+
+    def _lose(self, worker: int, loss: PeerLost) -> None:
+        self._lost[worker] = loss
+        self.references.lose(worker)
+        for number, call in list(self._calls.items()):
+            if call.worker == worker:
+                self._end(number, self._loss(worker, call.what))
+        with self.moved:
+            self.moved.notify_all()
+
+    def _fail(self, error: BaseException) -> None:
+        self._failed = error
+        for number in list(self._calls):
+            self._end(number, error)
+
+    # ---- the end
+
+    def idle(self) -> bool:
+        """Whether this worker waits for nobody and runs nothing."""
+        return not self._calls and not self._serving
+
+    def owes(self) -> list[str]:
+        """What this worker waits for or still runs, in words."""
+        waits = [
+            f"waits for {c.what} on {self.names[c.worker]!r}" for c in list(self._calls.values())
+        ]
+        return waits + [f"runs a call of {self.names[s]!r}" for s, _ in list(self._serving)]
+
+    def tell_drain(self, turn: int) -> list[int]:
+        """Tell all others how much this worker has sent and served."""
+        self.references.collect()  # what was dropped is in the books before the counts are heard
+        counts = [self.sent, self.served]
+        for worker in range(len(self.names)):
+            if worker != self.rank and worker not in self._lost:
+                self._post(worker, [DRAIN, turn, counts, [], b""])
+        return counts
+
+    @property
+    def lost(self) -> dict[int, PeerLost]:
+        """The workers that are gone."""
+        return self._lost
+
+    def debug_info(self) -> dict[str, Any]:
+        """References and calls alive here: what `get_debug_info` returns."""
+        return {
+            **self.references.info(),
+            "calls_waiting": len(self._calls),
+            "calls_served": len(self._serving),
+        }
+
+    def close(self) -> None:
+        """Leave: calls that wait fail, threads end."""
+        self._line.close()
+        self._fail(PeerLost(self.rank, where="rpc", orderly=True))
+        late = self.pool.close(2.0)
+        if late:
+            _log.warning("functions called by others still run at the end of rpc: %d", len(late))

@@ -1,0 +1,37 @@
+"""The agent of this rank: `agent()`. A process has one; ranks that are threads have one each.
+
+Rules: 1. an agent belongs to a `World`, like process groups. 2. One that has shut down is nobody's
+agent any more. 3. Threads of an agent run in the context in which it was made.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from dtrain.distributed.world import World, current_world
+
+_agents: WeakKeyDictionary[World, Any] = WeakKeyDictionary()
+
+
+def agent() -> Any:
+    """The agent; RuntimeError, in torch's words, before `init_rpc`."""
+    found = _agents.get(current_world())
+    if found is None:
+        raise RuntimeError(
+            "RPC has not been initialized. Call torch.distributed.rpc.init_rpc first."
+        )
+    return found
+
+
+def install(made: Any) -> None:
+    """Make `made` the agent of this rank; None: it has none any more."""
+    if made is None:
+        _agents.pop(current_world(), None)
+    else:
+        _agents[current_world()] = made
+
+
+def installed() -> Any:
+    """The agent, or None."""
+    return _agents.get(current_world())

@@ -1,0 +1,127 @@
+"""Who holds which remote reference: the counting, as a state machine without I/O.
+
+Owns: `Ledger`, one worker's books. A reference is named (creator, number) and lives at its owner.
+The owner keeps credits: how often each worker was given the reference, less what it has handed
+back. A worker that drops its last handle hands back all that it was given, in one message. Rules:
+1. channels are ordered from one worker to another, and nothing more is assumed. 2. Who passes on a
+reference that it does not own keeps it pinned until the owner has written down the receiver, so
+that the owner never counts zero while a copy is under way. 3. A worker that dies gives back
+whatever it held, and is no reason to keep anything pinned.
+
+The messages: ADD (receiver to owner: "I have this from `giver`"), FREE (owner to giver: "`receiver`
+is in the books, let go of your pin"), DROP (holder to owner: "here are my credits back"). Passing
+on costs two messages, giving and handing back by the owner one, at the end.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, NamedTuple
+
+ADD, FREE, DROP = "add", "free", "drop"
+
+
+class Name(NamedTuple):
+    """Which reference: the worker that thought up the name, its number there, and the owner."""
+
+    creator: int
+    number: int
+    owner: int
+
+
+# (to whom, what to say: [kind, name, worker or amount])
+Letter = tuple[int, list[Any]]
+
+
+class Ledger:
+    """The books of worker `rank`. Every method returns the messages to send; not thread-safe."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.credits: dict[Name, Counter[int]] = {}  # as the owner: what each worker has been given
+        self.local: set[Name] = set()  # as the owner: what this worker itself has handles of
+        self.pins: Counter[tuple[Name, int]] = Counter()  # passed on, the owner does not know yet
+        self.lost: set[int] = set()
+
+    def create(self, name: Name, holder: int) -> None:
+        """As the owner: `holder` (perhaps this worker itself) begins to hold `name`."""
+        credits = self.credits.setdefault(name, Counter())
+        if holder == self.rank:
+            self.local.add(name)
+        elif holder not in self.lost:
+            credits[holder] += 1
+
+    def give(self, name: Name, receiver: int) -> None:
+        """This worker is about to send `name` to `receiver`; before the message is sent."""
+        if receiver in (self.rank, name.owner) or receiver in self.lost:
+            return
+        if name.owner == self.rank:
+            self.credits.setdefault(name, Counter())[receiver] += 1
+        else:
+            self.pins[name, receiver] += 1
+
+    def take(self, name: Name, giver: int) -> tuple[int, list[Letter]]:
+        """`name` came in a message of `giver`: (credits that the handle now has, messages)."""
+        if name.owner == self.rank:
+            self.local.add(name)
+            return 0, []
+        if giver == self.rank:
+            return 0, []
+        if giver == name.owner:
+            return 1, []
+        return 1, [(name.owner, [ADD, list(name), giver])]
+
+    def drop(self, name: Name, credits: int) -> list[Letter]:
+        """The last handle of `name` in this worker is gone; it had so many credits."""
+        if name.owner == self.rank:
+            self.local.discard(name)
+            return []
+        if credits == 0 or name.owner in self.lost:
+            return []
+        return [(name.owner, [DROP, list(name), credits])]
+
+    def hear(self, sender: int, kind: str, name: Name, number: int) -> list[Letter]:
+        """A message of another worker's ledger. ValueError for one that makes no sense here."""
+        if kind == ADD and name in self.credits:
+            if sender not in self.lost:
+                self.credits[name][sender] += 1
+            return [] if number in self.lost else [(number, [FREE, list(name), sender])]
+        if kind == ADD:  # it died with the giver
+            return []
+        if kind == DROP:
+            credits = self.credits.get(name, Counter())
+            credits[sender] -= number
+            return []
+        if kind != FREE:
+            raise ValueError(f"unknown message {kind!r} about a reference")
+        if self.pins[name, number]:  # else: `number` has died since
+            self.pins[name, number] -= 1
+        return []
+
+    def lose(self, worker: int) -> None:
+        """`worker` is dead: what it held is handed back, what was on its way to it is let go."""
+        self.lost.add(worker)
+        for credits in self.credits.values():
+            credits.pop(worker, None)
+        for name, receiver in list(self.pins):
+            if receiver == worker:
+                del self.pins[name, receiver]
+
+    def holders(self, name: Name) -> list[int]:
+        """As the owner: the other workers that hold `name`."""
+        return sorted(worker for worker, n in self.credits.get(name, {}).items() if n)
+
+    def pinned(self, name: Name) -> bool:
+        """Whether this worker has passed on `name` to one of whom the owner does not know yet."""
+        return any(n and pinned == name for (pinned, _), n in self.pins.items())
+
+    def dead(self, name: Name) -> bool:
+        """As the owner: whether nobody holds `name` any more."""
+        return name not in self.local and not any(self.credits[name].values())
+
+    def sweep(self) -> list[Name]:
+        """As the owner: forget, and return, what nobody holds any more."""
+        gone = [name for name in self.credits if self.dead(name)]
+        for name in gone:
+            del self.credits[name]
+        return gone

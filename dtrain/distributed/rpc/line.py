@@ -1,0 +1,124 @@
+"""Messages between workers: an envelope of plain data, and buffers of any size beside it.
+
+Owns: `Line`, one worker's end, over a transport of the comm tower (which authenticates, cuts into
+chunks and notices deaths), and its I/O thread. Rules: 1. `send` may be called by any thread and
+waits for nobody. 2. `on_message(sender, envelope, buffers)` is called in the I/O thread, once all
+buffers are there; `on_envelope(sender, envelope)` before, in the order of sending. 3. No function
+of a user runs in the I/O thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from dtrain.comm.transports.base import Transport
+from dtrain.comm.transports.mailbox import Array, Receive
+from dtrain.errors import DistNetworkError, PeerLost, TransportTimeout
+from dtrain.wire import WireError, dumps, loads
+
+__all__ = ["Line"]
+
+# How often the I/O thread looks after timeouts and dropped references when nothing arrives.
+_LOOK = 0.05
+
+_log = logging.getLogger("dtrain.rpc")
+
+# How an envelope ends: [.., first tag of the buffers, their sizes in bytes].
+_Waiting = tuple[int, list[Any], list[Receive]]
+
+
+class Line:
+    """`start` the I/O thread, `send`, `close`. `chores()` is called in the thread now and then."""
+
+    def __init__(self, transport: Transport, name: str) -> None:
+        self._transport = transport
+        self._tags = itertools.count(1)
+        self._waiting: list[_Waiting] = []
+        self._stop = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self.on_envelope: Callable[[int, list[Any]], None]
+        self.on_message: Callable[[int, list[Any], list[Any]], None]
+        self.chores: Callable[[], None]
+        self.on_failure: Callable[[BaseException], None]
+        transport.on_news = self._take
+
+    def start(self) -> None:
+        """Begin to listen; set the callbacks first."""
+        self._thread.start()
+
+    @property
+    def lost(self) -> dict[int, PeerLost]:
+        """The workers that are gone, and how."""
+        return self._transport.mailbox.lost
+
+    def send(self, to: int, envelope: Sequence[Any], buffers: Sequence[Array] = ()) -> None:
+        """Send to another worker. Large buffers must not change before they have arrived.
+
+        Raises `PeerLost` if it is known to be gone.
+        """
+        first = next(self._tags)
+        tags = [first, *(next(self._tags) for _ in buffers[1:])]
+        places = [[tag, b.nbytes] for tag, b in zip(tags, buffers, strict=False)]
+        self._transport.tell(to, dumps([*envelope, places]))
+        for (tag, _), buffer in zip(places, buffers, strict=True):
+            self._transport.send(to, tag, buffer)
+
+    def _take(self, sender: int, body: bytes) -> None:
+        try:
+            *envelope, places = loads(body)
+            self.on_envelope(sender, envelope)
+            posted = [self._transport.post(sender, tag, size) for tag, size in places]
+        except PeerLost:  # it died after the envelope
+            return
+        except (WireError, ValueError, TypeError) as error:
+            self._transport.distrust(sender, error)
+            return
+        if posted:
+            self._waiting.append((sender, envelope, posted))
+        else:
+            self.on_message(sender, envelope, [])
+
+    def _deliver(self) -> bool:
+        """Hand on what is complete; whether to stop."""
+        for item in self._waiting[:]:
+            sender, envelope, posted = item
+            if all(receive.done for receive in posted):
+                self._waiting.remove(item)
+                if not any(receive.error for receive in posted):
+                    self.on_message(sender, envelope, [receive.data for receive in posted])
+        return self._stop
+
+    def _run(self) -> None:
+        try:
+            self._transport.look()
+            while not self._stop:
+                self._transport.wait_until(self._deliver, time.monotonic() + _LOOK)
+                self.chores()
+                with contextlib.suppress(TransportTimeout, PeerLost):
+                    self._transport.flush(time.monotonic())  # let go of what has been written
+        except BaseException as error:
+            if not self._stop:
+                _log.exception("the I/O thread of rpc failed")
+                self.on_failure(DistNetworkError(f"the I/O thread of rpc failed: {error!r}"))
+
+    def close(self) -> None:
+        """Say goodbye to everybody; what was sent still arrives."""
+        self._stop = True
+        self._transport.mailbox.touch()
+        self._transport._wake()
+        if self._thread.ident is not None:
+            self._thread.join(2.0)
+        self._transport.close()
+
+
+def as_buffer(body: bytes) -> Array:
+    """Bytes as an array to send."""
+    return np.frombuffer(body, np.uint8)

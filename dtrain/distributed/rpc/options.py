@@ -1,0 +1,83 @@
+"""What `init_rpc` can be told, and who is who: options and `WorkerInfo`.
+
+Names, defaults and places as in torch.distributed.rpc. What is accepted and ignored says so.
+Times are in seconds.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+__all__ = ["BackendType", "RpcBackendOptions", "TensorPipeRpcBackendOptions", "WorkerInfo"]
+
+DEFAULT_RPC_TIMEOUT_SEC = 60.0
+DEFAULT_NUM_WORKER_THREADS = 16
+UNSET_RPC_TIMEOUT = -1.0
+NAME_LIMIT = 128
+
+
+class WorkerInfo(NamedTuple):
+    """A worker: its `name` and its `id`, which is its rank."""
+
+    name: str
+    id: int
+
+
+class BackendType(enum.Enum):
+    """There is one backend; the name is that of torch, for scripts that give it."""
+
+    TENSORPIPE = "TENSORPIPE"
+
+
+class RpcBackendOptions:
+    """`rpc_timeout`: of calls that have none (0: none at all).
+
+    `init_method`: where workers meet.
+    """
+
+    def __init__(
+        self, rpc_timeout: float = DEFAULT_RPC_TIMEOUT_SEC, init_method: str = "env://"
+    ) -> None:
+        self.rpc_timeout = float(rpc_timeout)
+        self.init_method = init_method
+        self.num_worker_threads = DEFAULT_NUM_WORKER_THREADS
+
+
+class TensorPipeRpcBackendOptions(RpcBackendOptions):
+    """Also `num_worker_threads`: how many calls run at a time (those that wait do not count).
+
+    `device_maps`, `devices` and what begins with an underscore are accepted and ignored: tensors
+    are in the memory of the host.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_worker_threads: int = DEFAULT_NUM_WORKER_THREADS,
+        rpc_timeout: float = DEFAULT_RPC_TIMEOUT_SEC,
+        init_method: str = "env://",
+        device_maps: Mapping[str, Any] | None = None,
+        devices: Sequence[Any] | None = None,
+        _transports: Sequence[str] | None = None,
+        _channels: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__(rpc_timeout, init_method)
+        if num_worker_threads < 1:
+            raise ValueError(f"num_worker_threads must be at least 1, got {num_worker_threads}")
+        self.num_worker_threads = num_worker_threads
+
+    def set_device_map(self, to: str, device_map: Mapping[Any, Any]) -> None:
+        """Accepted and ignored."""
+
+
+def check_name(name: Any) -> str:
+    """`name` if a worker can be called so; ValueError in torch's sense."""
+    good = isinstance(name, str) and 0 < len(name) < NAME_LIMIT
+    if not good or any(not (c.isascii() and (c.isalnum() or c in "_-:")) for c in name):
+        raise ValueError(
+            f"Worker name must match ^[A-Za-z0-9-_:]*$ and have fewer than {NAME_LIMIT} characters,"
+            f" got {name!r}"
+        )
+    return str(name)

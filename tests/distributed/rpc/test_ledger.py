@@ -1,0 +1,156 @@
+"""The books of references, explored: every order of messages of three workers and two references.
+
+The world: worker 0 owns reference A, worker 1 owns B. Anybody who holds one may pass it to anybody,
+and drop it; messages between two workers keep their order. A bound on how often references are
+passed on makes the number of states finite.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from dtrain.distributed.rpc.ledger import ADD, Ledger, Name
+
+A, B = Name(0, 0, 0), Name(1, 0, 1)
+WORKERS = range(3)
+
+
+class World:
+    """Three ledgers, the channels between them, and the credits of each worker's handle."""
+
+    def __init__(self, passes):
+        self.ledgers = [Ledger(rank) for rank in WORKERS]
+        self.channels = {(a, b): [] for a in WORKERS for b in WORKERS if a != b}
+        self.handles = {(0, A): 0, (1, B): 0}
+        self.freed = set()
+        self.passes = passes
+        for name in (A, B):
+            self.ledgers[name.owner].create(name, name.owner)
+
+    def key(self):
+        books = tuple(
+            (
+                tuple(sorted((n, tuple(sorted(c.items()))) for n, c in ledger.credits.items())),
+                tuple(sorted(ledger.local)),
+                tuple(sorted((k, v) for k, v in ledger.pins.items() if v)),
+            )
+            for ledger in self.ledgers
+        )
+        channels = tuple(tuple(map(repr, self.channels[pair])) for pair in sorted(self.channels))
+        return books, channels, tuple(sorted(self.handles.items())), self.passes
+
+    def moves(self):
+        for (worker, name), _ in self.handles.items():
+            if not self.ledgers[worker].pinned(name):  # a pin holds the handle
+                yield "drop", worker, name
+            if self.passes:
+                for other in WORKERS:
+                    if other != worker:
+                        yield "pass", (worker, other), name
+        for pair, queue in self.channels.items():
+            if queue:
+                yield "deliver", pair, None
+
+    def post(self, sender, letters):
+        for to, letter in letters:
+            self.channels[sender, to].append(letter)
+
+    def after(self, move, where, name):
+        world = copy.deepcopy(self)
+        if move == "drop":
+            credits = world.handles.pop((where, name))
+            world.post(where, world.ledgers[where].drop(name, credits))
+        elif move == "pass":
+            world.passes -= 1
+            world.ledgers[where[0]].give(name, where[1])
+            world.channels[where].append(["reference", name, where[0]])
+        else:
+            kind, name, number = world.channels[where].pop(0)
+            receiver = where[1]
+            if kind == "reference":
+                credits, letters = world.ledgers[receiver].take(Name(*name), number)
+                held = world.handles.get((receiver, Name(*name)), 0)
+                world.handles[receiver, Name(*name)] = held + credits
+            else:
+                letters = world.ledgers[receiver].hear(where[0], kind, Name(*name), number)
+            world.post(receiver, letters)
+        for rank in WORKERS:
+            world.freed.update(world.ledgers[rank].sweep())
+        return world
+
+    def alive(self):
+        """The references that somebody holds or will get."""
+        under_way = {
+            Name(*m[1]) for queue in self.channels.values() for m in queue if m[0] == "reference"
+        }
+        return under_way | {name for _, name in self.handles}
+
+
+def explore(passes):
+    """Every reachable state, each once."""
+    first = World(passes)
+    seen, todo = {first.key()}, [first]
+    while todo:
+        world = todo.pop()
+        yield world
+        for move in list(world.moves()):
+            following = world.after(*move)
+            key = following.key()
+            if key not in seen:
+                seen.add(key)
+                todo.append(following)
+
+
+def test_nothing_is_freed_too_early_and_nothing_leaks():
+    states = 0
+    for world in explore(passes=3):
+        states += 1
+        assert not world.freed & world.alive()
+        if not any(True for _ in world.moves()):  # all dropped, all delivered
+            assert world.freed == {A, B}
+            assert not any(ledger.credits or ledger.local for ledger in world.ledgers)
+            assert not any(any(ledger.pins.values()) for ledger in world.ledgers)
+    assert states > 1000
+
+
+def test_the_exploration_catches_a_ledger_that_does_not_pin(monkeypatch):
+    def careless(self, name, receiver):
+        if name.owner == self.rank:
+            self.credits[name][receiver] += 1
+
+    monkeypatch.setattr(Ledger, "give", careless)
+    monkeypatch.setattr(Ledger, "take", lambda self, name, giver: (0, []))
+    with pytest.raises(AssertionError):
+        test_nothing_is_freed_too_early_and_nothing_leaks()
+
+
+def test_what_a_dead_worker_held_is_handed_back():
+    ledger = Ledger(0)
+    ledger.create(A, 0)
+    ledger.give(A, 1)
+    ledger.give(A, 2)
+    ledger.drop(A, 0)
+    assert ledger.sweep() == []
+    ledger.lose(1)
+    assert ledger.holders(A) == [2]
+    ledger.lose(2)
+    assert ledger.sweep() == [A]
+
+
+def test_a_pin_towards_a_dead_worker_is_let_go():
+    ledger = Ledger(2)
+    ledger.give(A, 1)
+    assert ledger.pinned(A)
+    ledger.lose(1)
+    assert not ledger.pinned(A)
+
+
+def test_an_add_for_what_is_gone_pins_nothing():
+    assert Ledger(0).hear(1, ADD, A, 2) == []
+
+
+def test_an_unknown_message_is_an_error():
+    with pytest.raises(ValueError, match="unknown message 'steal'"):
+        Ledger(0).hear(1, "steal", A, 2)
