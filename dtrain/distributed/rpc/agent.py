@@ -68,7 +68,10 @@ class Agent:
         self.moved = threading.Condition()
         line.on_envelope, line.on_message = self._note_references, self._on_message
         line.chores, line.on_failure = self._chores, self._fail
-        line.start()
+
+    def start(self) -> None:
+        """Begin to serve: once those who are called can find this agent."""
+        self._line.start()
 
     # ---- calling
 

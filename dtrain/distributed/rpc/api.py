@@ -80,6 +80,7 @@ def init_rpc(
         raise
     agent.store = store if owned else None
     current.install(agent)
+    agent.start()
     _leave_at_exit()
 
 
