@@ -2,8 +2,8 @@
 
 Owns: `Agent`. Five messages: CALL (run this; with a name, keep the result under it), FETCH (send
 the value of a reference), REPLY, CANCEL, BOOKS (of `ledger`), and DRAIN while shutting down. Rules:
-1. the I/O thread decodes envelopes and keeps the books; user functions, and the decoding of what
-users sent, run in the pool. 2. A call is sent once and never again; it ends with an answer, a
+1. the I/O thread decodes envelopes and answers and keeps the books; calls are decoded and run in
+the pool. 2. A call is sent once and never again; it ends with an answer, a
 timeout or the loss of its worker. 3. What is given away is in the books before it is sent.
 """
 
@@ -17,6 +17,7 @@ from concurrent.futures import CancelledError
 from functools import partial
 from typing import Any
 
+from dtrain.comm.store.base import Store
 from dtrain.comm.work import Future
 from dtrain.distributed.rpc import failures
 from dtrain.distributed.rpc.calls import Call, RpcFuture, Statistics
@@ -55,6 +56,7 @@ class Agent:
         self.pool = Pool(threads, f"rpc {names[rank]}")
         self.statistics = Statistics()
         self._line = line
+        self.store: Store | None = None  # the one that was opened for this agent, to be closed
         self.references = References(self, rank, self.pool, self._post_books)
         self._calls: dict[int, Call] = {}
         self._ids = itertools.count()

@@ -121,7 +121,12 @@ def _agent(
 
 @functools.cache
 def _leave_at_exit() -> None:
-    atexit.register(lambda: current.installed() and shutdown(graceful=False))
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if current.installed() is not None:
+        shutdown(graceful=False)
 
 
 def rpc_sync(

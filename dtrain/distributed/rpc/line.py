@@ -3,8 +3,8 @@
 Owns: `Line`, one worker's end, over a transport of the comm tower (which authenticates, cuts into
 chunks and notices deaths), and its I/O thread. Rules: 1. `send` may be called by any thread and
 waits for nobody. 2. `on_message(sender, envelope, buffers)` is called in the I/O thread, once all
-buffers are there; `on_envelope(sender, envelope)` before, in the order of sending. 3. No function
-of a user runs in the I/O thread.
+buffers are there; `on_envelope(sender, envelope)` before, in the order of sending. 3. No called
+function runs in the I/O thread.
 """
 
 from __future__ import annotations
