@@ -151,6 +151,7 @@ from dtrain.errors import (
 _LAZY = (
     "_functional_collectives",
     "algorithms",
+    "checkpoint",
     "device_mesh",
     "distributed_c10d",
     "elastic",
