@@ -1,8 +1,7 @@
-"""Every change that a checkpoint makes on the disk: the few system calls, each in one place.
+"""What a checkpoint does on the disk: new files with a digest, the exchange of two names.
 
-Rules: what was written is on the disk before it gets its name (fsync of files, then of their
-folder); a checkpoint gets its name by one rename, or by one exchange with the one it replaces, so
-that at no moment there is none; nothing older is deleted before.
+A file is hashed while it is written, and closing it waits for the disk. In which order files and
+folders come to be is said in _draft.py.
 """
 
 from __future__ import annotations
@@ -17,11 +16,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from dtrain.serialization.files import sync_directory
-
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
-_libc = ctypes.CDLL(None, use_errno=True)
+# Of Linux; a C library without it answers as a file system would that cannot.
+_renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", lambda *_: -1)
 
 # Written and hashed at once; two of them are in memory where an array is not contiguous.
 PIECE = 8 << 20
@@ -73,28 +71,11 @@ class NewFile:
             os.close(self._file)
 
 
-def publish(partial: Path, target: Path, sync: bool = True) -> None:
-    """Give the finished folder `partial` the name `target`; what had it is then at `partial`.
-
-    OSError where the file system cannot exchange two names at once: save to a new name there.
-    """
-    if sync:
-        sync_directory(partial)
-    if _has_entries(target):
-        _exchange(partial, target)
-    else:
-        os.rename(partial, target)  # also over an empty folder
-    if sync:
-        sync_directory(target.parent)
-
-
-def _has_entries(folder: Path) -> bool:
-    return folder.is_dir() and any(folder.iterdir())
-
-
-def _exchange(first: Path, second: Path) -> None:
+def exchange(first: Path, second: Path) -> None:
+    """Give each of two folders the other's name in one step; OSError where that cannot be."""
     paths = os.fsencode(first), os.fsencode(second)
-    if _libc.renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE):
+    ctypes.set_errno(errno.ENOSYS)
+    if _renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE):
         code = ctypes.get_errno()
         if code in (errno.EINVAL, errno.ENOSYS):
             raise OSError(

@@ -36,6 +36,9 @@ def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
         return
     if isinstance(value, Mapping):
         for key, entry in value.items():
+            if type(key) not in (str, int):
+                where = key_of(path) or "the state dict"
+                raise TypeError(f"{where}: keys of a state dict are str or int, got {key!r}")
             yield from leaves(entry, (*path, key))
     else:
         for index, entry in enumerate(value):
@@ -56,8 +59,6 @@ def flatten_state_dict(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], d
     paths: dict[str, Path] = {}
     for path, leaf in leaves(state_dict) if state_dict else ():
         key = key_of(path)
-        if not all(type(step) in (str, int, tuple) for step in path):
-            raise TypeError(f"{key}: keys of a state dict are str or int, got {path}")
         if key in flat:
             raise ValueError(f"duplicated flatten key {key}: {paths[key]} and {path}")
         flat[key], paths[key] = leaf, path

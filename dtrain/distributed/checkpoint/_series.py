@@ -21,6 +21,12 @@ def _parts(name: str) -> tuple[str, int] | None:
     return None if found is None else (found[1], int(found[2]))
 
 
+def are_kin(name: str, other: str) -> bool:
+    """Whether two names are of one series, or the same."""
+    one, two = _parts(name), _parts(other)
+    return name == other or (one is not None and two is not None and one[0] == two[0])
+
+
 def series_of(target: Path) -> list[Path]:
     """The checkpoints of `target`'s series, newest (largest number) first."""
     own = _parts(target.name)

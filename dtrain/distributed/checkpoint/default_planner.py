@@ -1,7 +1,8 @@
 """The planners that `save` and `load` use: every chunk once, wherever it lies.
 
-Saving: a tensor that several ranks have (a plain one, or a replicated DTensor) is written by the
-one with least to write; a plain tensor is taken to be equal on all ranks. Values must be equal:
+Saving: a tensor that several ranks have (a plain one, or a replicated DTensor) is taken to be equal
+on them. A large one is written by the rank with least to write, a small one by the lowest: the
+running statistics of a batch norm, which DDP takes from rank 0, are rank 0's. Values must be equal:
 what differs belongs under a key with the rank in it. Loading: each rank reads the boxes it has,
 from whatever chunks there are. Source: torch.distributed.checkpoint.default_planner.
 """
@@ -56,6 +57,9 @@ from dtrain.distributed.tensor import DTensor
 from dtrain.ops.inplace import bump
 from dtrain.tensor import Size, Tensor
 
+# Bytes from which pieces that several ranks have are shared out among them.
+_LARGE = 1 << 20
+
 
 def whole_shape(tensor: Any) -> Size:
     """The shape of a tensor, of the whole one for a DTensor."""
@@ -67,6 +71,8 @@ def own_chunk(fqn: str, tensor: Any) -> ChunkStorageMetadata | None:
     if not isinstance(tensor, DTensor):
         return ChunkStorageMetadata(Size([0] * tensor.ndim), Size(tensor.shape))
     spec = tensor._spec
+    if 0 in spec.shape:  # no rank has anything of it, so each may say so
+        return ChunkStorageMetadata(Size([0] * len(spec.shape)), Size(spec.shape))
     if spec.is_partial:
         raise RuntimeError(
             f"{fqn} has contributions that are not combined yet ({spec}): redistribute it first"
@@ -143,7 +149,7 @@ def _add(content: dict[str, STORAGE_TYPES], item: WriteItem) -> None:
 
 
 def _without_copies(plans: list[SavePlan], lowest: bool) -> list[SavePlan]:
-    """The plans with each piece in one of them: on the rank with least to write."""
+    """The plans with each piece in one of them: the lowest rank's, or if large the least busy's."""
     holders: dict[MetadataIndex, list[int]] = {}
     items: dict[tuple[int, MetadataIndex], WriteItem] = {}
     for rank, plan in enumerate(plans):
@@ -153,7 +159,8 @@ def _without_copies(plans: list[SavePlan], lowest: bool) -> list[SavePlan]:
     kept: list[list[WriteItem]] = [[] for _ in plans]
     loads = [0] * len(plans)
     for index, ranks in sorted(holders.items(), key=lambda pair: len(pair[1]) > 1):
-        rank = ranks[0] if lowest else min(ranks, key=loads.__getitem__)
+        small = items[ranks[0], index].nbytes < _LARGE
+        rank = ranks[0] if lowest or small else min(ranks, key=loads.__getitem__)
         kept[rank].append(items[rank, index])
         loads[rank] += items[rank, index].nbytes
     return [SavePlan(kept[r], p.storage_data, p.planner_data) for r, p in enumerate(plans)]
@@ -163,8 +170,8 @@ class DefaultSavePlanner(SavePlanner):
     """Saves a nested state dict of tensors, DTensors, arrays and JSON values.
 
     `flatten_state_dict=False` takes dicts and lists with tensors in them for errors.
-    `dedup_save_to_lowest_rank`: what several ranks have is written by the lowest one, instead of
-    the one with least to write. Accepted and ignored: `flatten_sharded_tensors`,
+    `dedup_save_to_lowest_rank`: large pieces that several ranks have are written by the lowest one
+    too, instead of the one with least to write. Accepted and ignored: `flatten_sharded_tensors`,
     `dedup_replicated_tensors` (always), `enable_plan_caching`.
     """
 

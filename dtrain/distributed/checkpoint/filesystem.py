@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dtrain.distributed.checkpoint import _disk, _manifest, _series, _shard
+from dtrain.distributed.checkpoint._draft import Draft, discard
 from dtrain.distributed.checkpoint.api import DamagedCheckpoint
 from dtrain.distributed.checkpoint.metadata import (
     Metadata,
@@ -43,7 +44,6 @@ from dtrain.distributed.checkpoint.storage import (
     WriteResult,
 )
 from dtrain.futures import Future
-
 
 T = TypeVar("T")
 
@@ -108,7 +108,7 @@ class FileSystemWriter(_Folder, StorageWriter):
             raise ValueError(f"thread_count={thread_count} and keep={keep} must be 1 or more")
         self.sync_files, self.thread_count = sync_files, thread_count
         self.overwrite, self.keep = overwrite, keep
-        self._partial: Path | None = None
+        self._draft: Draft | None = None
 
     def storage_meta(self) -> StorageMeta:
         """The checkpoint's folder."""
@@ -116,7 +116,7 @@ class FileSystemWriter(_Folder, StorageWriter):
 
     def set_up_storage_writer(self, is_coordinator: bool) -> None:
         """The coordinator refuses, before anything is written, a folder that it may not replace."""
-        self._partial = None
+        self._draft = None
         if is_coordinator:
             _check_replaceable(self.path, self.overwrite)
 
@@ -126,15 +126,9 @@ class FileSystemWriter(_Folder, StorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Make the folder, under its first name, and tell the ranks."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        for stale in self.path.parent.glob(f".{_escaped(self.path.name)}.*.partial"):
-            _disk.remove(stale)
-        name = f".{self.path.name}.{os.urandom(4).hex()}.partial"
-        partial = self.path.with_name(name)
-        os.mkdir(partial)
-        self._partial = partial
+        self._draft = Draft(self.path)
         return [
-            SavePlan(plan.items, (str(partial), rank), plan.planner_data)
+            SavePlan(plan.items, (str(self._draft.path), rank), plan.planner_data)
             for rank, plan in enumerate(plans)
         ]
 
@@ -158,26 +152,25 @@ class FileSystemWriter(_Folder, StorageWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write the manifest, give the folder its name, delete what it replaces."""
-        assert self._partial is not None
-        partial, metadata.storage_data = self._partial, _gathered(metadata, results)
+        draft = self._draft
+        assert draft is not None
+        metadata.storage_data = _gathered(metadata, results)
         for name, file in metadata.storage_data["files"].items():
-            _check_visible(partial / name, file["size"])
-        with _disk.NewFile(partial / _manifest.NAME, self.sync_files) as file:
+            _check_visible(draft.path / name, file["size"])
+        with _disk.NewFile(draft.path / _manifest.NAME, self.sync_files) as file:
             file.write(_manifest.build(metadata))
-        _disk.publish(partial, self.path, self.sync_files)
-        self._partial = None
-        if partial.exists():  # the one it replaced
-            _disk.remove(partial)
+        draft.publish(self.sync_files)
+        self._draft = None
         if self.keep is not None:
             for old in _series.series_of(self.path)[self.keep :]:
                 if old != self.path:
-                    _disk.remove(old)
+                    discard(old)
 
     def give_up(self) -> None:
         """Delete what was written of a save that failed."""
-        if self._partial is not None:
-            partial, self._partial = self._partial, None
-            _disk.remove(partial)
+        draft, self._draft = self._draft, None
+        if draft is not None:
+            draft.give_up()
 
 
 def _all(work: Callable[[Any], T], things: Sequence[Any], threads: int) -> list[T]:
@@ -186,10 +179,6 @@ def _all(work: Callable[[Any], T], things: Sequence[Any], threads: int) -> list[
         return [work(thing) for thing in things]
     with ThreadPoolExecutor(threads, "checkpoint-files") as pool:
         return list(pool.map(work, things))
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 def _check_replaceable(folder: Path, overwrite: bool) -> None:
@@ -223,6 +212,8 @@ def _shares(items: Sequence[WriteItem], count: int) -> list[list[WriteItem]]:
 def _write_file(
     path: Path, items: list[WriteItem], planner: SavePlanner, sync: bool
 ) -> list[WriteResult]:
+    # Larger numbers first, so that all data are aligned in the file.
+    items = sorted(items, key=lambda i: -_itemsize(i))
     arrays = [(_name_of(item), planner.resolve_data(item)._data) for item in items]
     written = _shard.write_shard(path, arrays, sync)
     begins = written.pop("begins")
@@ -230,6 +221,11 @@ def _write_file(
         WriteResult(item.index, item.nbytes, {"file": path.name, "begin": begin, **written})
         for item, begin in zip(items, begins, strict=True)
     ]
+
+
+def _itemsize(item: WriteItem) -> int:
+    assert item.tensor_data is not None
+    return item.tensor_data.properties.dtype.itemsize
 
 
 def _name_of(item: WriteItem) -> str:

@@ -66,7 +66,7 @@ STORAGE_TYPES = TensorStorageMetadata | BytesStorageMetadata
 
 @dataclass(frozen=True)
 class MetadataIndex:
-    """A chunk of a tensor by its offset, or a value (no offset). `index` is a hint, not compared."""
+    """A chunk of a tensor by its offset, or a value (no offset). `index` is only a hint."""
 
     fqn: str
     offset: Size | None = None

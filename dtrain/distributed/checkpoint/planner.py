@@ -108,7 +108,7 @@ class LoadPlan:
 
 
 class SavePlanner(abc.ABC):
-    """Decides what is written. Called in this order; `create_global_plan` on the coordinator only."""
+    """Decides what is written. `create_global_plan` runs on the coordinator only."""
 
     @abc.abstractmethod
     def set_up_planner(

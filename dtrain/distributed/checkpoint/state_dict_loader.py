@@ -99,8 +99,8 @@ def _run_load(
 
 def verified(ranks: Together, reader: StorageReader) -> Metadata:
     """The content of the checkpoint, or of the newest undamaged one before it; all verified."""
-    damage: list[str] = []
-    older: list[str] | None = None
+    damage: list[CheckpointException] = []
+    older: list[str] = []
     while True:
         try:
             metadata = ranks.first("reading the manifest", reader.read_metadata)
@@ -109,18 +109,18 @@ def verified(ranks: Together, reader: StorageReader) -> Metadata:
         except CheckpointException as error:
             if not all(isinstance(e, DamagedCheckpoint) for e, _ in error.failures.values()):
                 raise
-            if older is None:
+            if not damage:
                 older = ranks.first("looking for older ones", lambda: list(reader.older()))
-            damage.append(str(error))
+            damage.append(error)
             if not older:
-                raise
+                raise damage[0] from damage[-1]
             reader.reset(older.pop(0))
             continue
         if damage and ranks.is_coordinator:
             where = getattr(reader, "checkpoint_id", "an older one")
             warnings.warn(
                 f"loading the checkpoint {where} instead, because newer ones are damaged:\n  "
-                + "\n  ".join(damage),
+                + "\n  ".join(map(str, damage)),
                 stacklevel=5,
             )
         return metadata

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from dtrain.distributed.checkpoint._together import Together
-from dtrain.distributed.checkpoint.api import CheckpointException
 from dtrain.distributed.checkpoint.default_planner import DefaultSavePlanner
 from dtrain.distributed.checkpoint.filesystem import FileSystemWriter
 from dtrain.distributed.checkpoint.metadata import Metadata
@@ -94,7 +93,7 @@ def run_save(
         plans, metadata = ranks.first("planning to save", settle)
         results = ranks.each("writing the checkpoint", write)
         ranks.first("publishing the checkpoint", lambda: writer.finish(metadata, results))
-    except CheckpointException:
+    except BaseException:  # a rank that failed, or is gone
         if ranks.is_coordinator:
             writer.give_up()
         raise

@@ -1,0 +1,1 @@
+"""Tests of dtrain.distributed.checkpoint."""
