@@ -1,8 +1,8 @@
 """How the ranks of a group come to the same error.
 
-Owns: what is known of the other ranks' calls (`Report`), the search for a mismatch, the telling of
-a failure. Called by the group when a call starts and when it fails, and by the transport when news
-arrive.
+Owns: what is known of the other ranks' calls (`Report`), the search for a mismatch, the words of a
+failure (`explain`) and its telling. Called by the group when a call starts and when it fails, and
+by the transport when news arrive.
 
 [Note: how a mismatch is found] A rank finds out in one of three ways, none of which costs a message
 while all is well: 1. the fingerprint in the first message of a peer differs from its own call; 2. a
@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from dtrain.comm.blame import explained
 from dtrain.comm.channel import read_note
 from dtrain.comm.record import POINT_TO_POINT, RING, CallRecord, Recorder
 from dtrain.comm.transports.base import Transport
@@ -36,6 +37,8 @@ from dtrain.errors import (
     DistError,
     GroupAborted,
     PeerLost,
+    TransportTimeout,
+    WrongSize,
     from_wire,
     to_wire,
 )
@@ -84,8 +87,8 @@ class Agreement:
         self._reports: defaultdict[int, dict[int, Report]] = defaultdict(dict)  # {seq: {rank: ..}}
         self._announced: set[int] = set()
         self.heard: dict[int, int] = {}  # {rank: highest seq it has started}
-        self.told: DistError | None = None  # the failure that another rank told first
-        self.left: dict[int, str] = {}  # {rank: why it left in good order, when it said so}
+        self._told: DistError | None = None  # the failure that another rank told first
+        self._left: dict[int, str] = {}  # {rank: why it left in good order, when it said so}
         transport.on_news = self._on_news
 
     def enter(self, record: CallRecord) -> None:
@@ -195,10 +198,10 @@ class Agreement:
 
     def _take(self, source: int, what: str, *rest: Any) -> None:
         if what == "fail":
-            self.told = self.told or from_wire(rest[0])
-            self._transport.fail(self.told)
+            self._told = self._told or from_wire(rest[0])
+            self._transport.fail(self._told)
         elif what == "leave":
-            (self.left[source],) = rest
+            (self._left[source],) = rest
         else:
             self._hear(source, *rest)
 
@@ -211,23 +214,55 @@ class Agreement:
             self.announce(mine)
             self._transport.fail(Disturbed(seq))
 
-    def catch_up(self) -> DistError | None:
+    def explain(
+        self, error: BaseException, where: str, seq: int | None, timeout: float
+    ) -> BaseException:
+        """The error to raise for what ended call `seq`: with all that is known of who caused it.
+
+        What another rank has told goes before what this one has seen.
+        """
+        if isinstance(error, Disturbed):
+            return self._settle(error.seq)
+        told = self._catch_up()
+        if told is not None and isinstance(error, DistError):
+            return told
+        if isinstance(error, TransportTimeout):
+            return self._timeout(where, seq, error.rank, timeout)
+        if isinstance(error, PeerLost):
+            peer, reason = self._transport.peer(error.rank), self._left.get(error.rank, "")
+            loss = explained(error, self._group, peer, reason)
+            # Somebody who was told the reason may have left: the reason is what counts.
+            found = self._catch_up() or loss
+            found.add_note(f"while this rank was in {where}")
+            return found
+        if isinstance(error, WrongSize):
+            return CollectiveMismatch(
+                f"{where}: rank {error.rank} sent {error.got} bytes where rank"
+                f" {self._transport.rank} expects {error.expected}. All ranks must agree on the"
+                " sizes.",
+                group=self._group,
+                seq=seq,
+                calls=[],
+            )
+        return error
+
+    def _catch_up(self) -> DistError | None:
         """The failure that another rank has told, after a look at all news that are here."""
         with contextlib.suppress(PeerLost):  # this rank itself has closed: nothing more comes
             self._transport.take_in()
-        return self.told
+        return self._told
 
-    def settle(self, seq: int) -> DistError:
+    def _settle(self, seq: int) -> DistError:
         """The error of a mismatch, once all calls are known; at most `SETTLE` seconds."""
         mine = self._recorder.find(seq)
         assert mine is not None
         self.announce(mine)
         with contextlib.suppress(PeerLost):  # this rank itself is closing: tell what is known
             self._transport.wait_until(lambda: self._known(seq), time.monotonic() + SETTLE)
-        return self.told or self._mismatch(mine)
+        return self._told or self._mismatch(mine)
 
     def _known(self, seq: int) -> bool:
-        if self.told is not None:
+        if self._told is not None:
             return True
         with self._lock:
             reports = self._reports[seq].values()
@@ -252,16 +287,16 @@ class Agreement:
             "\n    ".join(lines), group=self._group, seq=mine.seq, calls=calls
         )
 
-    def timeout(self, where: str, seq: int | None, rank: int | None, timeout: float) -> DistError:
+    def _timeout(self, where: str, seq: int | None, rank: int | None, timeout: float) -> DistError:
         """The error of a call that waited for `rank` in vain, with what is known of that rank.
 
         Ranks that give up at the same time raise the same one: the lowest of them words it.
         """
         waiting = [] if seq is None else self._waiting(seq)
         if waiting and waiting[0] < self._transport.rank:
-            self._transport.wait_until(lambda: self.told is not None, time.monotonic() + SETTLE)
-            if self.told is not None:
-                return self.told
+            self._transport.wait_until(lambda: self._told is not None, time.monotonic() + SETTLE)
+            if self._told is not None:
+                return self._told
         peer = "any rank" if rank is None else f"rank {rank}"
         known = "" if rank is None else f" ({self._whereabouts(rank)})"
         away = self._away(seq, self._transport.peers if rank is None else [rank])

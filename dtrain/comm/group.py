@@ -24,8 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dtrain import env
-from dtrain.comm.agreement import STALL, Agreement, Disturbed
-from dtrain.comm.blame import explained, words_of
+from dtrain.comm.agreement import STALL, Agreement
+from dtrain.comm.blame import words_of
 from dtrain.comm.channel import Channel
 from dtrain.comm.collectives import Collective
 from dtrain.comm.point_to_point import Pending, Recv, Send
@@ -42,14 +42,7 @@ from dtrain.comm.topology import members_of
 from dtrain.comm.transports.base import Factory, create
 from dtrain.comm.transports.mailbox import Array
 from dtrain.comm.work import Work
-from dtrain.errors import (
-    CollectiveMismatch,
-    DistError,
-    GroupAborted,
-    PeerLost,
-    TransportTimeout,
-    WrongSize,
-)
+from dtrain.errors import DistError, GroupAborted
 from dtrain.tape import Tape
 
 __all__ = ["DEFAULT_TIMEOUT", "ProcessGroup"]
@@ -259,41 +252,10 @@ class ProcessGroup:
         """The error to raise for `error`; the group has been made to fail with it everywhere."""
         if isinstance(error, GroupAborted) and error.__cause__ is self._failure is not None:
             return error
-        explained = self._explain(error, where, seq, timeout)
+        explained = self._agreement.explain(error, where, seq, timeout)
         if explained is not error:
             explained.__cause__ = error.__cause__
         return self._poison(explained)
-
-    def _explain(
-        self, error: BaseException, where: str, seq: int | None, timeout: float
-    ) -> BaseException:
-        if isinstance(error, Disturbed):
-            return self._agreement.settle(error.seq)
-        told = self._agreement.catch_up()
-        if told is not None and isinstance(error, DistError):
-            return told
-        if isinstance(error, TransportTimeout):
-            return self._agreement.timeout(where, seq, error.rank, timeout)
-        if isinstance(error, PeerLost):
-            loss = explained(
-                error,
-                self.name,
-                self.transport.peer(error.rank),
-                self._agreement.left.get(error.rank, ""),
-            )
-            # Somebody who was told the reason may have left: the reason is what counts.
-            found = self._agreement.catch_up() or loss
-            found.add_note(f"while this rank was in {where}")
-            return found
-        if isinstance(error, WrongSize):
-            return CollectiveMismatch(
-                f"{where}: rank {error.rank} sent {error.got} bytes where rank {self.rank} expects"
-                f" {error.expected}. All ranks must agree on the sizes.",
-                group=self.name,
-                seq=seq,
-                calls=[],
-            )
-        return error
 
     def _poison(self, error: BaseException) -> BaseException:
         """Make `error` the reason of every later failure, here and elsewhere."""

@@ -66,6 +66,7 @@ from dtrain.distributed.debugging import (
     statistics as statistics,
 )
 from dtrain.distributed.grad_bucket import (
+    BuiltinCommHookType as BuiltinCommHookType,
     GradBucket as GradBucket,
 )
 from dtrain.distributed.groups import (

@@ -1,11 +1,13 @@
 """`GradBucket`: the gradients that travel together, as a communication hook is given them.
 
-Source: torch.distributed.GradBucket.
+`BuiltinCommHookType` names the hooks that DistributedDataParallel brings along. Source:
+torch.distributed.GradBucket, torch.distributed.BuiltinCommHookType.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import Enum
 from typing import Any
 
 from dtrain.tensor import Tensor
@@ -60,3 +62,14 @@ class GradBucket:
     def is_last(self) -> bool:
         """Whether this is the last bucket of the pass."""
         return self._last
+
+
+class BuiltinCommHookType(Enum):
+    """What `DistributedDataParallel._register_builtin_comm_hook` takes.
+
+    ALLREDUCE is what happens without a hook; FP16_COMPRESS rounds gradients to float16 on their
+    way.
+    """
+
+    ALLREDUCE = 1
+    FP16_COMPRESS = 2

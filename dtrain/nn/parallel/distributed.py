@@ -18,6 +18,7 @@ import numpy as np
 from dtrain.autograd.grad_mode import is_grad_enabled
 from dtrain.comm.collectives import Broadcast
 from dtrain.distributed.algorithms.ddp_comm_hooks.default_hooks import (
+    allreduce_hook,
     bf16_compress_hook,
     fp16_compress_hook,
 )
@@ -25,6 +26,7 @@ from dtrain.distributed.algorithms.ddp_comm_hooks.optimizer_overlap_hooks import
     apply_optim_in_backward_hook,
 )
 from dtrain.distributed.algorithms.join import Joinable
+from dtrain.distributed.grad_bucket import BuiltinCommHookType
 from dtrain.distributed.optim.apply_optimizer_in_backward import take_over
 from dtrain.distributed.world import ProcessGroup, resolve
 from dtrain.dtypes import bfloat16, float16
@@ -50,6 +52,10 @@ from dtrain.nn.parallel.reducer import CommHook, Reducer
 from dtrain.nn.parallel.reports import ReportingModel
 
 _COMPRESS = {float16: fp16_compress_hook, bfloat16: bf16_compress_hook}
+_BUILTIN = {
+    BuiltinCommHookType.ALLREDUCE: allreduce_hook,
+    BuiltinCommHookType.FP16_COMPRESS: fp16_compress_hook,
+}
 
 
 class DistributedDataParallel(Module, JoiningModel, ReportingModel):
@@ -230,6 +236,15 @@ class DistributedDataParallel(Module, JoiningModel, ReportingModel):
         if not callable(hook):
             raise TypeError("Communication hook must be callable.")
         self.reducer.register_hook(hook, state)
+
+    def _register_builtin_comm_hook(self, comm_hook_type: BuiltinCommHookType) -> None:
+        """Reduce as one of torch's built-in hooks does, among the ranks of this model's group.
+
+        RuntimeError for a second hook.
+        """
+        if not isinstance(comm_hook_type, BuiltinCommHookType):
+            raise TypeError(f"expected a dist.BuiltinCommHookType, got {comm_hook_type!r}")
+        self.reducer.register_hook(_BUILTIN[comm_hook_type], self.process_group)
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:

@@ -66,6 +66,45 @@ def test_the_first_hook_is_what_happens_without_one():
     assert run_distributed(2, plainly, lambda: None, default.allreduce_hook) == expected
 
 
+BUILTIN = {
+    dist.BuiltinCommHookType.ALLREDUCE: default.allreduce_hook,
+    dist.BuiltinCommHookType.FP16_COMPRESS: default.fp16_compress_hook,
+}
+
+
+def built_in(kind):
+    """Gradients of three ranks in two groups, and what has been sent for them."""
+    group = dist.new_subgroups_by_enumeration([[0, 2], [1]])[0]
+    model = DDP(make_model(), process_group=group)
+    if isinstance(kind, dist.BuiltinCommHookType):
+        model._register_builtin_comm_hook(kind)
+    else:
+        model.register_comm_hook(group, kind)
+    before = group.arrays.statistics().bytes_sent
+    loss_of(model, 0).backward()
+    sent = group.arrays.statistics().bytes_sent - before
+    return [p.grad.tolist() for p in model.parameters()], sent
+
+
+@pytest.mark.parametrize("kind", BUILTIN)
+def test_built_in_hooks_reduce_in_the_group_of_the_model(kind):
+    assert run_distributed(3, built_in, kind) == run_distributed(3, built_in, BUILTIN[kind])
+
+
+def wrong_built_in():
+    model = DDP(nn.Linear(1, 1))
+    with pytest.raises(TypeError, match=r"expected a dist\.BuiltinCommHookType, got 'FP16'"):
+        model._register_builtin_comm_hook("FP16")
+    model._register_builtin_comm_hook(dist.BuiltinCommHookType.FP16_COMPRESS)
+    assert model.logging_data()["comm_hook"] == "fp16_compress_hook"
+    with pytest.raises(RuntimeError, match="can only be called once"):
+        model._register_builtin_comm_hook(dist.BuiltinCommHookType.ALLREDUCE)
+
+
+def test_a_built_in_hook_is_one_hook():
+    run_distributed(1, wrong_built_in)
+
+
 def early_powerSGD():
     return power.PowerSGDState(None, start_powerSGD_iter=0, min_compression_rate=1)
 
