@@ -15,7 +15,8 @@ from dataclasses import dataclass
 # (`dtrain.comm`, `dtrain.nn` ...); the two towers never see each other. A module without a row is
 # an error: give it one.
 BASE = (
-    *("errors", "env", "flight", "logs", "processes", "stacks", "tape", "wire", "version"),
+    *("errors", "env", "flight", "logs", "machine", "processes", "stacks", "tape", "version"),
+    "wire",
     *("cuda", "device", "draws", "dtypes", "generator", "heap", "missing", "random", "ranks"),
     "threads",
 )
@@ -48,6 +49,7 @@ ABOVE = (
     ("distributed",),
     ("nn.parallel", "inductor", "profiler"),
     ("testing",),
+    ("__main__",),
     ("",),  # dtrain itself: the public names
 )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_LAZY = frozenset(("checkpoint", "data"))
+_LAZY = frozenset(("checkpoint", "collect_env", "data"))
 
 
 def __getattr__(name: str) -> Any:

@@ -60,7 +60,8 @@ def make_parser() -> Parser:
         prog="dtrun",
         usage="dtrun [flags] training_script [script arguments]",
         description="Start the ranks of a distributed program on this machine and watch them; "
-        "or, as dtrun keygen, print a new secret for --secret-file. "
+        "or, as dtrun keygen, print a new secret for --secret-file; as dtrun doctor, look whether "
+        "this host can run them; as dtrun debug, show what the ranks of a run do. "
         "Each flag takes its default from PET_<NAME>, as in torchrun.",
         allow_abbrev=False,
     )
@@ -115,6 +116,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if list(argv[:1]) == ["debug"]:
         return debug.main(argv[1:])
+    if list(argv[:1]) == ["doctor"]:
+        from dtrun import doctor  # what it needs, a launch does not
+
+        return doctor.main(argv[1:])
     spec = parse(argv)
     try:
         run_dir = make_run_dir(os.environ)
