@@ -29,7 +29,7 @@ from dtrain.distributed.rpc.options import UNSET_RPC_TIMEOUT, WorkerInfo
 from dtrain.distributed.rpc.payload import Packed, pack, unpack
 from dtrain.distributed.rpc.pool import Pool, waiting
 from dtrain.distributed.rpc.references import References, shown
-from dtrain.distributed.rpc.rref import RRef
+from dtrain.distributed.rpc.rref import RRef, called
 from dtrain.errors import DistError, PeerLost
 
 __all__ = ["Agent"]
@@ -107,17 +107,18 @@ class Agent:
     ) -> RpcFuture:
         if not callable(func):
             raise TypeError(f"the function to call must be callable, got {type(func).__name__}")
-        what = getattr(func, "__qualname__", repr(func))
         parts = [func, tuple(args or ()), dict(kwargs or {})]
         packed = pack(parts, "call", code=self._accepts[to], reference=RRef)
-        return self._start(to, CALL, what, timeout, packed, name)
+        what = called(func, parts[1])
+        subject = [what, None if name is None else list(name)]
+        return self._start(to, CALL, what, timeout, packed, subject)
 
     def _start(
-        self, to: int, kind: int, what: str, timeout: float, packed: Packed, name: Name | None
+        self, to: int, kind: int, what: str, timeout: float, packed: Packed, subject: Any
     ) -> RpcFuture:
         """Send a request; the future of its answer."""
         patience = self.patience if timeout == UNSET_RPC_TIMEOUT else float(timeout)
-        future = RpcFuture(self.pool)
+        future = RpcFuture(self.pool, None if to == self.rank else self._line.shift)
         deadline = time.monotonic() + patience if patience > 0 else None
         if not self._room[to].acquire(blocking=False):
             with waiting():
@@ -128,7 +129,7 @@ class Agent:
         self._calls[number] = Call(future, to, what, deadline, patience)
         self.sent += 1
         try:
-            self._send(to, [kind, number, None if name is None else list(name)], packed)
+            self._send(to, [kind, number, subject], packed)
         except BaseException as error:
             self._end(number, self._in_our_words(to, what, error))
         if to in self._lost or self._failed is not None:
@@ -150,7 +151,7 @@ class Agent:
         self._on_message(to, envelope, copies)
 
     def _end(self, number: int, outcome: Any, tell: bool = False) -> None:
-        """Complete a call, unless it is complete, with an error or a tuple of one value."""
+        """Complete a call, unless it is complete, with an error or what reads its answer."""
         call = self._calls.pop(number, None)
         if call is None:
             return
@@ -162,7 +163,8 @@ class Agent:
         if isinstance(outcome, BaseException):
             call.future.set_exception(outcome)
         else:
-            call.future.set_result(outcome[0])
+            call.future.arrive(outcome)
+        self._line.shift.served(call.future)
 
     def _post(self, to: int, envelope: list[Any]) -> None:
         """Send a message of our own; whoever is gone needs it no more."""
@@ -193,45 +195,51 @@ class Agent:
 
     def _note_references(self, sender: int, envelope: list[Any]) -> None:
         """Write down the references in a message before anything that comes after it is heard."""
-        kind, _, name, given, _ = envelope
-        if kind == CALL and name is not None:
-            self.references.create(Name(*name), sender)
+        kind, _, subject, given, _ = envelope
+        if kind == CALL and subject[1] is not None:
+            self.references.create(Name(*subject[1]), sender)
         envelope[3] = self.references.take(given, sender)
 
     def _on_message(self, sender: int, envelope: list[Any], buffers: list[Any]) -> None:
-        kind, number, name, held, body = envelope
+        kind, number, subject, held, body = envelope
         if kind == REPLY:
-            self._on_reply(number, name, body, buffers, held)
+            call = self._calls.get(number)
+            if call is not None:  # else: it has timed out, or was given up
+                read = partial(self._read_answer, call.what, subject, body, buffers, held)
+                self._end(number, read)
         elif kind == CALL:
             self._serving.add((sender, number))
+            what, name = subject
             begun = time.perf_counter()
             task = partial(self._serve, sender, number, name, body, buffers, held, begun)
-            self.pool.submit(task)
+            brief = self.statistics.brief(what)
+            if not (brief and self._line.shift.take_on(task)):
+                self.pool.submit(task)
         elif kind == FETCH:
             self._serving.add((sender, number))
-            self._on_fetch(sender, number, Name(*name))
+            self._on_fetch(sender, number, Name(*subject))
         elif kind == CANCEL:
             if (sender, number) in self._serving:
                 self._cancelled.add((sender, number))
         elif kind == BOOKS:
-            self.references.hear(sender, *name)
+            self.references.hear(sender, *subject)
         elif kind == DRAIN:
             with self.moved:
-                self.drains[number, sender] = list(name)
+                self.drains[number, sender] = list(subject)
                 self.moved.notify_all()
         else:
             raise ValueError(f"a message of unknown kind {kind}")
 
-    def _on_reply(self, number: int, well: Any, body: Any, buffers: Any, held: Any) -> None:
-        call = self._calls.get(number)
-        if call is None:  # it has timed out, or was given up
-            return
+    def _read_answer(self, what: str, well: Any, body: Any, buffers: Any, held: Any) -> Any:
+        """The value of an answer, or its error; `held` keeps the references in it until then."""
         try:
             value = self._unpacked(body, buffers)
-            self._end(number, (value,) if well else failures.told(value))
         except Exception as error:
-            error.add_note(f"while reading the answer to {call.what}")
-            self._end(number, error)
+            error.add_note(f"while reading the answer to {what}")
+            raise
+        if not well:
+            raise failures.told(value)
+        return value
 
     def _unpacked(self, body: Any, buffers: list[Any]) -> Any:
         if body is None:
@@ -261,7 +269,7 @@ class Agent:
         what = "?"
         try:
             func, args, kwargs = self._unpacked(body, buffers)
-            what = f"{func.__module__}.{func.__qualname__}"
+            what = called(func, args)
             result = func(*args, **kwargs)
             if is_async(func):
                 if not isinstance(result, Future):
@@ -330,7 +338,7 @@ class Agent:
                 raise self._too_late(self.rank, "to_here", patience) from None
         owner = handle.name.owner
         nothing = Packed(b"", [], [])
-        return self._start(owner, FETCH, "to_here", timeout, nothing, handle.name).wait()
+        return self._start(owner, FETCH, "to_here", timeout, nothing, list(handle.name)).wait()
 
     # ---- now and then (I/O thread)
 

@@ -63,7 +63,8 @@ def told(form: list[Any]) -> BaseException:
     if kind == "ours":
         error: BaseException = from_wire(arguments)
     else:
-        error = _rebuilt(*kind, arguments, worker)
+        module, name = kind
+        error = _rebuilt(module, name, arguments, worker)
     error.__cause__ = RemoteTraceback(trace)
     error.add_note(f"raised on worker {worker!r}")
     return error

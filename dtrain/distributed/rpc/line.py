@@ -1,10 +1,10 @@
 """Messages between workers: an envelope of plain data, and buffers of any size beside it.
 
 Owns: `Line`, one worker's end, over a transport of the comm tower (which authenticates, cuts into
-chunks and notices deaths), and its I/O thread. Rules: 1. `send` may be called by any thread and
-waits for nobody. 2. `on_message(sender, envelope, buffers)` is called in the I/O thread, once all
-buffers are there; `on_envelope(sender, envelope)` before, in the order of sending. 3. No called
-function runs in the I/O thread.
+chunks and notices deaths), moved by a `Shift`. Rules: 1. `send` may be called by any thread and
+waits for nobody. 2. `on_message(sender, envelope, buffers)` is called by the thread that moves
+messages, once all buffers are there; `on_envelope(sender, envelope)` before, in the order of
+sending.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,13 +20,11 @@ import numpy as np
 
 from dtrain.comm.transports.base import Transport
 from dtrain.comm.transports.mailbox import Array, Receive
+from dtrain.distributed.rpc.shift import Shift
 from dtrain.errors import DistNetworkError, PeerLost, TransportTimeout
 from dtrain.wire import WireError, dumps, loads
 
 __all__ = ["Line"]
-
-# How often the I/O thread looks after timeouts and dropped references when nothing arrives.
-_LOOK = 0.05
 
 _log = logging.getLogger("dtrain.rpc")
 
@@ -36,14 +33,13 @@ _Waiting = tuple[int, list[Any], list[Receive]]
 
 
 class Line:
-    """`start` the I/O thread, `send`, `close`. `chores()` is called in the thread now and then."""
+    """`start` to listen, `send`, `close`. `chores()` is called now and then."""
 
     def __init__(self, transport: Transport, name: str) -> None:
         self._transport = transport
         self._tags = itertools.count(1)
         self._waiting: list[_Waiting] = []
-        self._stop = False
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self.shift = Shift(self._move, self._do_chores, self._fail, name)
         self.on_envelope: Callable[[int, list[Any]], None]
         self.on_message: Callable[[int, list[Any], list[Any]], None]
         self.chores: Callable[[], None]
@@ -52,7 +48,8 @@ class Line:
 
     def start(self) -> None:
         """Begin to listen; set the callbacks first."""
-        self._thread.start()
+        self._transport.look()
+        self.shift.start()
 
     @property
     def lost(self) -> dict[int, PeerLost]:
@@ -86,36 +83,38 @@ class Line:
         else:
             self.on_message(sender, envelope, [])
 
-    def _deliver(self) -> bool:
-        """Hand on what is complete; whether to stop."""
+    def _deliver(self) -> None:
+        """Hand on what is complete."""
         for item in self._waiting[:]:
             sender, envelope, posted = item
             if all(receive.done for receive in posted):
                 self._waiting.remove(item)
                 if not any(receive.error for receive in posted):
                     self.on_message(sender, envelope, [receive.data for receive in posted])
-        return self._stop
 
-    def _run(self) -> None:
-        try:
-            self._transport.look()
-            while not self._stop:
-                self._transport.wait_until(self._deliver, time.monotonic() + _LOOK)
-                self.chores()
-                with contextlib.suppress(TransportTimeout, PeerLost):
-                    self._transport.flush(time.monotonic())  # let go of what has been written
-        except BaseException as error:
-            if not self._stop:
-                _log.exception("the I/O thread of rpc failed")
-                self.on_failure(DistNetworkError(f"the I/O thread of rpc failed: {error!r}"))
+    def _move(self, until: Callable[[], bool], deadline: float) -> None:
+        def done() -> bool:
+            if self._waiting:
+                self._deliver()
+            return until()
+
+        self._transport.wait_until(done, deadline)
+
+    def _do_chores(self) -> None:
+        self.chores()
+        with contextlib.suppress(TransportTimeout, PeerLost):
+            self._transport.flush(time.monotonic())  # let go of what has been written
+
+    def _fail(self, error: BaseException) -> None:
+        _log.error("the I/O thread of rpc failed", exc_info=error)
+        self.on_failure(DistNetworkError(f"the I/O thread of rpc failed: {error!r}"))
 
     def close(self) -> None:
         """Say goodbye to everybody; what was sent still arrives."""
-        self._stop = True
+        self.shift.stop()
         self._transport.mailbox.touch()
         self._transport._wake()
-        if self._thread.ident is not None:
-            self._thread.join(2.0)
+        self.shift.join(2.0)
         self._transport.close()
 
 

@@ -53,7 +53,7 @@ class Packed(NamedTuple):
 
 
 class _Packer:
-    def __init__(self, code: bool, reference: type) -> None:
+    def __init__(self, code: bool, reference: type[Any]) -> None:
         self.code, self.reference = code, reference
         self.arrays: list[Array] = []
         self.references: list[Any] = []
@@ -103,7 +103,7 @@ class _Packer:
         return packed
 
 
-def pack(value: Any, what: str, *, code: bool, reference: type) -> Packed:
+def pack(value: Any, what: str, *, code: bool, reference: type[Any]) -> Packed:
     """`value`, called `what` in errors, fit to be sent; `code`: the receiver accepts code.
 
     `reference` is the class of remote references.
@@ -137,7 +137,7 @@ def unpack(body: Any, arrays: Sequence[Any], find: Callable[[Name], Any], *, cod
             raise refusals[0]
         return opened(data)
 
-    readers = {
+    readers: dict[int, Callable[[Any], Any]] = {
         **READERS,
         BESIDE_TENSOR: lambda place: make(beside(place)),
         BESIDE_ARRAY: beside,
@@ -160,7 +160,7 @@ def _record(parts: list[Any]) -> Any:
     cls, fields = parts
     if not isinstance(cls, type) or set(fields) != {f.name for f in dataclasses.fields(cls)}:
         raise TypeError(f"not the fields of {cls!r}")
-    made = cls.__new__(cls)
+    made: Any = cls.__new__(cls)  # type: ignore[call-overload]
     for name, value in fields.items():
         object.__setattr__(made, name, value)
     return made

@@ -17,7 +17,7 @@ from dtrain.distributed.rpc.ledger import Name
 from dtrain.distributed.rpc.names import export
 from dtrain.distributed.rpc.options import UNSET_RPC_TIMEOUT, WorkerInfo
 
-__all__ = ["RRef"]
+__all__ = ["RRef", "called"]
 
 
 class RRef:
@@ -131,3 +131,10 @@ def invoke(reference: RRef, method: str, args: tuple[Any, ...], kwargs: dict[str
     if method.startswith("__") and method != "__call__":
         raise TypeError(f"{method} may not be called by other workers")
     return getattr(reference.local_value(), method)(*args, **kwargs)
+
+
+def called(function: Any, args: Any) -> str:
+    """What a call is named in errors and statistics: its function, or the method of a proxy."""
+    if function is invoke:
+        return f"{args[1]} of a reference"
+    return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', function)}"
