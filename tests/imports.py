@@ -46,8 +46,9 @@ COMM = (
 )
 ABOVE = (
     ("futures",),
-    ("distributed",),
+    ("distributed", "distributed.fsdp.wrap"),
     ("nn.parallel", "inductor", "profiler"),
+    ("distributed.fsdp",),
     ("testing",),
     ("__main__",),
     ("",),  # dtrain itself: the public names
@@ -61,6 +62,7 @@ LAZY = {"cloudpickle", "mpi4py", "psutil", "safetensors", "threadpoolctl"}
 # A package's face may load sub-packages when they are first asked for, a registry what it lists.
 DYNAMIC = {"dtrain", "dtrain.autograd", "dtrain.nn", "dtrain.utils", "dtrain.distributed"}
 DYNAMIC |= {"dtrain.comm.transports.base", "dtrain.testing.rank", "dtrain.distributed.rpc.names"}
+DYNAMIC |= {"dtrain.distributed.fsdp"}
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,10 @@ Group = dict[str, Any]
 StateDict = dict[str, Any]
 
 
+# Hooks of the steps of all optimizers: before their own pre-hooks, behind their own post-hooks.
+_STEP_PRE_HOOKS, _STEP_POST_HOOKS = HookTable(), HookTable()
+
+
 class _Required:
     """Marks an option in `defaults` that every group has to give."""
 
@@ -271,6 +275,18 @@ class Optimizer:
         return "\n".join([*lines, ")"])
 
 
+def register_optimizer_step_pre_hook(hook: Callable[..., Any]) -> RemovableHandle:
+    """Call `hook(optimizer, args, kwargs)` before each step of every optimizer; it may return new
+    ones. Source: torch.optim.optimizer.
+    """
+    return _STEP_PRE_HOOKS.add(hook)
+
+
+def register_optimizer_step_post_hook(hook: Callable[..., None]) -> RemovableHandle:
+    """Call `hook(optimizer, args, kwargs)` after each step of every optimizer."""
+    return _STEP_POST_HOOKS.add(hook)
+
+
 def evaluate(closure: Callable[[], Any] | None) -> Any:
     """What `closure()` returns, with gradients recorded; None without a closure."""
     if closure is None:
@@ -289,7 +305,7 @@ def _with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
     def hooked(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
         if self._stepping:  # `super().step()`: the hooks have run
             return step(self, *args, **kwargs)
-        for hook in self._optimizer_step_pre_hooks.values():
+        for hook in (*_STEP_PRE_HOOKS.values(), *self._optimizer_step_pre_hooks.values()):
             result = hook(self, args, kwargs)
             if result is not None:
                 if not (isinstance(result, tuple) and len(result) == 2):
@@ -303,7 +319,7 @@ def _with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
             out = step(self, *args, **kwargs)
         finally:
             self._stepping = False
-        for hook in self._optimizer_step_post_hooks.values():
+        for hook in (*self._optimizer_step_post_hooks.values(), *_STEP_POST_HOOKS.values()):
             hook(self, args, kwargs)
         return out
 

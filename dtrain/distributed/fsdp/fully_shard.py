@@ -1,0 +1,163 @@
+"""`fully_shard`: parameters, gradients and optimizer state divided among ranks.
+
+The public face of the engine: which parameters become a unit, and the verbs that a module gets.
+Source: torch.distributed.fsdp.fully_shard (_fully_shard/_fully_shard.py); Rajbhandari et al.,
+ZeRO, arXiv:1910.02054; Zhao et al., PyTorch FSDP, VLDB 2023.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from dtrain.distributed.device_mesh import DeviceMesh
+from dtrain.distributed.fsdp.policies import MixedPrecisionPolicy, OffloadPolicy
+from dtrain.distributed.fsdp.state import ModuleState, state_of
+from dtrain.distributed.fsdp.unit import Precision, Slot, Unit
+from dtrain.distributed.world import ProcessGroup, resolve
+from dtrain.nn.modules.container import ModuleDict, ModuleList
+from dtrain.nn.modules.module import Module
+
+
+def fully_shard(
+    module: Module | Sequence[Module],
+    *,
+    mesh: DeviceMesh | None = None,
+    reshard_after_forward: bool | int | None = None,
+    mp_policy: MixedPrecisionPolicy | None = None,
+    offload_policy: OffloadPolicy | None = None,
+    ignored_params: Collection[Any] | None = None,
+) -> Any:
+    """Divide the parameters of `module` among the ranks of `mesh`; returns it, as an `FSDPModule`.
+
+    Each parameter is cut along dimension 0, as `torch.chunk` cuts: `module.parameters()` are then
+    what this rank owns, and so are gradients and what optimizers hold. Call it on inner modules
+    first: each call makes a unit of all parameters below that belong to none yet. Units are whole
+    only while their modules compute. Several modules in a list make one unit; it is gathered before
+    the first of them and given back after the last. Every rank keeps its own values: ranks are
+    expected to have made the same model. Waits for all ranks.
+
+    mesh            1-D: the ranks that share the parameters, default all. 2-D: the second dimension
+                    shares, the first replicates (hybrid sharding).
+    reshard_after_forward   whether a unit's memory is given back between forward and backward;
+                    None: yes, except for the root. On one host with shared memory nothing has to be
+                    given back, and it changes nothing. A number is taken for True, the number of
+                    ranks for True and 1 for False.
+    mp_policy       dtypes in forward, backward and reduction.
+    ignored_params  parameters that stay as they are.
+
+    ValueError for a parameter without dimensions, and for one that other modules share.
+    """
+    modules = [module] if isinstance(module, Module) else list(module)
+    for each in modules:
+        if isinstance(each, (ModuleList, ModuleDict)):
+            raise ValueError(
+                f"fully_shard does not support containers that do not implement forward: {each}"
+            )
+        if state_of(each) is not None:
+            raise ValueError(f"fully_shard was called twice on a {type(each).__name__}")
+    precision = mp_policy or MixedPrecisionPolicy()
+    shard, replicas = _groups(mesh)
+    found = _parameters(modules, {id(p) for p in ignored_params or ()})
+    units = [
+        Unit([slots for _, slots in same], [p for p, _ in same], shard, replicas,
+             _dtypes(dtype, precision))
+        for dtype, same in _by_dtype(found).items()
+    ]  # fmt: skip
+    state = ModuleState(modules, units, _after_forward(reshard_after_forward), precision)
+    for each in modules:
+        each.__dict__["_fsdp_state"] = state
+        each.__class__ = _class_for(type(each))
+    return module
+
+
+def _after_forward(wanted: bool | int | None) -> bool | None:
+    return wanted if wanted is None else wanted is True or wanted > 1
+
+
+def _groups(mesh: DeviceMesh | None) -> tuple[ProcessGroup, ProcessGroup | None]:
+    """The ranks that share parameters, and those that have the same share."""
+    if mesh is None:
+        return resolve(None), None
+    if mesh.ndim == 1:
+        return mesh.get_group(0), None
+    if mesh.ndim != 2:
+        raise ValueError(f"fully_shard expects a 1D or 2D DeviceMesh but got {mesh}")
+    return mesh.get_group(1), mesh.get_group(0)
+
+
+def _parameters(
+    modules: Iterable[Module], ignored: Collection[int]
+) -> list[tuple[Any, list[Slot]]]:
+    """Parameters below `modules` that belong to no unit, each with all its places."""
+    found: dict[int, tuple[Any, list[Slot]]] = {}
+    for top in modules:
+        for path, module in top.named_modules():
+            for name, parameter in module._parameters.items():
+                if parameter is None or id(parameter) in ignored:
+                    continue
+                if getattr(parameter, "_fsdp", None) is not None:
+                    continue
+                full = f"{path}.{name}" if path else name
+                if parameter.ndim == 0:
+                    raise ValueError(
+                        f"fully_shard doesn't support scalar parameters. Change {full} to a 1D "
+                        "tensor with numel equal to 1."
+                    )
+                slots = found.setdefault(id(parameter), (parameter, []))[1]
+                slots.append(Slot(module, name, full))
+    return list(found.values())
+
+
+def _by_dtype(found: Iterable[Any]) -> dict[np.dtype[Any], list[Any]]:
+    by: dict[np.dtype[Any], list[Any]] = {}
+    for parameter, slots in found:
+        by.setdefault(parameter._data.dtype, []).append((parameter, slots))
+    return by
+
+
+def _dtypes(own: np.dtype[Any], policy: MixedPrecisionPolicy) -> Precision:
+    whole = own if policy.param_dtype is None or own.kind in "iub" else policy.param_dtype.numpy
+    return Precision(whole, whole if policy.reduce_dtype is None else policy.reduce_dtype.numpy)
+
+
+_classes: dict[type, type] = {}
+
+
+def _class_for(cls: type) -> type:
+    """`cls` with the verbs, made once; its name is torch's."""
+    if cls not in _classes:
+        _classes[cls] = type(f"FSDP{cls.__name__}", (FSDPModule, cls), {})
+    return _classes[cls]
+
+
+class FSDPModule:
+    """The verbs of a module that `fully_shard` was called on. Source: torch's FSDPModule."""
+
+    _fsdp_state: ModuleState
+
+    def unshard(self, async_op: bool = False) -> UnshardHandle | None:
+        """Gather the parameters, which then stand in the module until `reshard`.
+
+        With `async_op` returns a handle at once, whose `wait` does the rest.
+        """
+        self._fsdp_state.make_root()
+        self._fsdp_state.unshard(async_op=async_op)
+        return UnshardHandle(self._fsdp_state) if async_op else None
+
+    def reshard(self) -> None:
+        """Let the sharded parameters stand in the module, and give memory back."""
+        self._fsdp_state.reshard()
+
+
+class UnshardHandle:
+    """A gathering that has begun."""
+
+    def __init__(self, state: ModuleState) -> None:
+        self._state = state
+
+    def wait(self) -> None:
+        """Wait for it; whole parameters stand in the module then."""
+        self._state.wait()

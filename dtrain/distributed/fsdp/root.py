@@ -1,0 +1,225 @@
+"""The units of one model: when each is gathered, reduced and given back; and who may write when.
+
+Owns: `Root`, which the hooks of modules tell what happens. Rules:
+1. Units are reduced in one order on every rank, whatever order gradients come in: that in which
+   rank 0 saw them completed in its first pass, before it the reverse of registration. At the end of
+   a pass the rest is reduced, with zeros where nothing came: what is unused needs no telling.
+2. [Note: fences] Where ranks of a host read each other's shards in place, changes are fenced.
+   Written, then read: the first forward pass after a change of parameters begins with a barrier.
+   Read, then written: a unit that has been reduced is read by nobody any more, as each rank shows
+   its gradients after its backward pass; else an optimizer's step and load_state_dict `meet` the
+   others first. A step inside a hook writes to units that have been reduced.
+3. What comes next is gathered beside what computes: the unit that came next in the forward pass
+   before, and in backward the one that came before in forward; or those that the user names. At
+   most `LIMIT` units are being reduced at once, and without names as many are whole.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dtrain.autograd import engine
+from dtrain.autograd.grad_mode import is_grad_enabled
+from dtrain.comm.collectives import Barrier, Broadcast
+from dtrain.distributed.fsdp.memory import Pool
+from dtrain.distributed.fsdp.unit import Flight, State, Unit
+from dtrain.errors import DistError
+
+if TYPE_CHECKING:
+    from dtrain.distributed.fsdp.state import ModuleState
+
+LIMIT = 2
+
+
+class Root:
+    """Keeps the schedule of `units`, in the order in which they are registered."""
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        self.units = list(units)
+        groups = {id(unit.group): unit.group for unit in units}
+        self.groups = list(groups.values())
+        pools = {key: Pool(group) for key, group in groups.items()}
+        for unit in units:
+            unit.pool = pools[id(unit.group)]
+            for whole in unit.whole:
+                whole._post_accumulate = {0: _Ready(self, unit)}
+        self.order = list(reversed(self.units))
+        self._seen: list[Unit] = []  # as they were completed in the first pass
+        self._settled = False
+        self._passes = 0
+        self._running = False
+        self._pending: dict[int, int] = {}  # {id of a unit: parameters still to come}
+        self._next = 0  # in `order`: the first not yet reduced
+        self._flights: deque[Flight] = deque()
+        self._forwards: list[ModuleState] = []  # as their forwards began in this pass
+        self._before: list[ModuleState] = []  # and in the one before
+
+    # ---- fences
+
+    def before_forward(self) -> None:
+        """Before anything is read: make the changes of all ranks known."""
+        if self._running:  # a pass that an exception cut short, or activations computed again
+            if engine.is_running():
+                return
+            self._abandon()
+        if self._passes and not self._settled:
+            self._settle()
+        if is_grad_enabled():
+            self._before, self._forwards = self._forwards, []
+        stale = [unit for unit in self.units if unit.stale and not unit.home.moves]
+        for unit in stale:
+            unit.publish()
+        meet(stale)
+
+    # ---- gathering
+
+    def gather_for_forward(self, state: ModuleState) -> None:
+        """Wait for the units of a module whose forward begins, and begin to gather the next."""
+        place = len(self._forwards)
+        known = self._before[place : place + 2]
+        following = known[1:] if known[:1] == [state] else []
+        if is_grad_enabled():
+            self._forwards.append(state)
+        self._gather(state, state.forward_prefetch, following)
+
+    def gather_for_backward(self, state: ModuleState) -> None:
+        """Wait for the units of a module whose backward begins, and begin to gather the next."""
+        at = max((n for n, each in enumerate(self._forwards) if each is state), default=0)
+        self._gather(state, state.backward_prefetch, self._forwards[max(at - 1, 0) : at])
+
+    def _gather(
+        self, state: ModuleState, named: list[ModuleState] | None, following: list[ModuleState]
+    ) -> None:
+        aside = all(unit.group.arrays.runs_aside for unit in state.units)
+        try:
+            for unit in state.units:
+                unit.begin(async_op=aside)  # queued before what is only wanted later
+            for later in following if named is None else named:
+                for unit in later.units:
+                    if unit.group.arrays.runs_aside:
+                        unit.begin(async_op=True)
+            for unit in state.units:
+                unit.finish()
+        except DistError as error:
+            error.add_note(self._where("gathering", state.units))
+            raise
+
+    # ---- a backward pass
+
+    def ready(self, unit: Unit) -> None:
+        """One more gradient of a unit's parameters is complete."""
+        if not self._running:
+            self._start()
+        if unit.state is not State.WHOLE and not unit.home.stays:
+            raise RuntimeError(
+                f"the gradient of '{unit.name}' was computed when its unit had been given back: "
+                "what forward returned must lead to it, as tensors in lists, tuples and dicts. Or "
+                "use reshard_after_forward=False."
+            )
+        self._pending[id(unit)] -= 1
+        if self._pending[id(unit)]:
+            return
+        if unit.reshards:
+            unit.reshard()
+        if not self._settled:
+            self._seen.append(unit)
+        self._reduce_complete()
+
+    def _start(self) -> None:
+        self._running, self._next = True, 0
+        self._seen = []
+        self._pending = {id(unit): sum(p._requires_grad for p in unit.whole) for unit in self.units}
+        engine.queue_callback(self._finish)
+
+    def _reduce_complete(self) -> None:
+        """Reduce every unit whose turn it is and whose gradients are all there."""
+        while self._next < len(self.order) and not self._pending[id(self.order[self._next])]:
+            self._reduce(self.order[self._next])
+            self._next += 1
+
+    def _reduce(self, unit: Unit) -> None:
+        if not unit.sync or not any(p._requires_grad for p in unit.sharded):
+            return
+        try:
+            while len(self._flights) >= LIMIT:
+                self._land()
+            self._flights.append(unit.reduce(async_op=unit.group.arrays.runs_aside))
+            if not unit.group.arrays.runs_aside:
+                self._land()
+        except DistError as error:
+            error.add_note(self._where("reducing", [unit]))
+            raise
+
+    def _land(self) -> None:
+        flight = self._flights.popleft()
+        flight.land()
+        for sharded in flight.unit.sharded:
+            for hook in tuple((sharded._post_accumulate or {}).values()):
+                if sharded._grad is not None:
+                    hook(sharded)
+
+    def _finish(self) -> None:
+        """The end of a pass: reduce the rest, wait for all, give all back."""
+        for unit in self.order[self._next :]:
+            self._reduce(unit)
+        while self._flights:
+            self._land()
+        self._running = False
+        self._passes += 1
+        for unit in self.units:
+            if unit.reshards:
+                unit.reshard()
+
+    def _abandon(self) -> None:
+        """Forget a pass that an exception cut short."""
+        self._running = False
+        self._flights.clear()
+        for unit in self.units:
+            for whole in unit.whole:
+                whole._grad = None
+
+    def _settle(self) -> None:
+        """Reduce in the order in which rank 0 saw units completed from now on."""
+        self._settled = True
+        number = {id(unit): place for place, unit in enumerate(self.units)}
+        seen = [number[id(unit)] for unit in self._seen]
+        late = [place for place in reversed(range(len(self.units))) if place not in seen]
+        order = np.array([*seen, *late], np.int64)
+        first = self.units[0]
+        for group in (first.group, first.replicas):
+            if group is not None:
+                group.issue(Broadcast(order, 0))
+        self.order = [self.units[place] for place in order.tolist()]
+
+    def _where(self, what: str, units: Sequence[Unit]) -> str:
+        first, last = units[0].slots[0][0].path, units[-1].slots[-1][0].path
+        return (
+            f"in fully sharded data parallel on rank {units[0].group.rank()}, {what} unit "
+            f"{self.units.index(units[0])} of {len(self.units)} ('{first}' to '{last}'). If ranks "
+            "have different numbers of batches, use Join, or give all of them the same number."
+        )
+
+
+def meet(units: Iterable[Unit]) -> None:
+    """Wait until all ranks have come here: nobody reads these units any more, whose reading is over
+    on this rank, and what was written to them may be read.
+    """
+    units = list(units)
+    for group in {id(unit.group): unit.group for unit in units}.values():
+        group.issue(Barrier())
+    for unit in units:
+        unit.reading = False
+
+
+class _Ready:
+    """The hook of a whole parameter: its gradient of this pass is complete."""
+
+    def __init__(self, root: Root, unit: Unit) -> None:
+        self._root, self._unit = root, unit
+
+    def __call__(self, whole: Any) -> None:
+        self._root.ready(self._unit)

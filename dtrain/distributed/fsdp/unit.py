@@ -1,0 +1,266 @@
+"""A unit: parameters that are gathered and reduced together.
+
+Owns: `Unit`, its states and its verbs, and `Slot`, where a parameter stands in a module. Knows
+nothing of modules' calls, nor when anything is to happen: `root` does. One dtype a unit.
+
+    SHARDED    --begin-->  GATHERING  --finish-->  WHOLE  --reshard-->  SHARDED
+
+Each verb may be called in every state; what is done already is not done again.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dtrain.autograd.node import make
+from dtrain.comm.collectives import AllReduce
+from dtrain.comm.reduce import ReduceOp, widened
+from dtrain.comm.shards import ReduceShards
+from dtrain.comm.work import Work
+from dtrain.distributed.fsdp.layout import Layout
+from dtrain.distributed.fsdp.memory import Pool, home_for
+from dtrain.distributed.fsdp.sharded import gradient_of, sharded_parameter, whole_parameter
+from dtrain.distributed.world import ProcessGroup
+from dtrain.flat import Array
+
+
+class State(enum.Enum):
+    """Where the parameters of a unit are."""
+
+    SHARDED = "sharded"
+    GATHERING = "gathering"
+    WHOLE = "whole"
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A parameter's place: `module._parameters[name]`, called `path` from the root of the unit."""
+
+    module: Any
+    name: str
+    path: str
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Dtypes of a unit: `whole` in forward and backward, `reduced` in which gradients are added."""
+
+    whole: np.dtype[Any]
+    reduced: np.dtype[Any]
+
+
+class Unit:
+    """Parameters that this rank has a shard of; all ranks of `shard_group` make it alike.
+
+    `slots[i]`: all the places where parameter i stands. `replicas`: the group of the ranks that own
+    the same shard, None when there is no other. Making it waits for all ranks.
+    """
+
+    def __init__(
+        self,
+        slots: Sequence[Sequence[Slot]],
+        parameters: Sequence[Any],
+        shard_group: ProcessGroup,
+        replicas: ProcessGroup | None,
+        precision: Precision,
+    ) -> None:
+        self.slots, self.group, self.replicas = slots, shard_group, replicas
+        self.precision = precision
+        rank = shard_group.rank()
+        arrays = [p._data for p in parameters]
+        self.layout = Layout([a.shape for a in arrays], arrays[0].dtype, shard_group.size())
+        self.home = home_for(self.layout, shard_group, precision.whole)
+        self.state = State.SHARDED
+        self.sharded, self.whole = [], []
+        views = self.layout.views(self.home.array)
+        for index, parameter in enumerate(parameters):
+            shard = self.home.shards[index]
+            np.copyto(shard, arrays[index][self.layout.rows(index, rank)])
+            sharded = sharded_parameter(shard, parameter, self)
+            whole = whole_parameter(views[index], self, index)
+            self.sharded.append(sharded)
+            self.whole.append(whole)
+        self.pool = Pool(shard_group)  # where gradients are made; a root has one for all its units
+        self.sync = True  # whether the next backward pass reduces
+        self.reshards = True  # whether it is given back when its gradients are complete
+        self.divide_by: float | None = None  # None: the number of ranks
+        self.reading = False  # whether a rank may still read what was written before
+        self._published = -1  # the versions of the shards when they were last made known
+        self._gathering: Work | None = None
+        self._gradients: Array | None = None  # room for those of a pass, and flags
+        self._homes: list[Any] = []  # views of it
+        self._grads: Array | None = None  # room for the reduced ones of this rank, and flags
+        self._grad_views: list[Any] = []
+        self._put(self.sharded)
+
+    @property
+    def name(self) -> str:
+        """The unit by its first parameter."""
+        return self.slots[0][0].path
+
+    # ---- parameters
+
+    def written(self) -> int:
+        """How often the shards have been changed, all together."""
+        return sum(p._version.count for p in self.sharded if p._version is not None)
+
+    @property
+    def is_read(self) -> bool:
+        """Whether another rank may be reading this rank's shards where they are."""
+        return self.reading and not self.home.moves
+
+    @property
+    def stale(self) -> bool:
+        """Whether shards have changed since they were last made known to the other ranks."""
+        return self._published != self.written()
+
+    def publish(self) -> None:
+        """Let the other ranks of this host see this rank's shards, once all have met."""
+        self.home.publish()
+        self._published = self.written()
+
+    def begin(self, *, async_op: bool) -> None:
+        """Start to gather, unless it is whole, or on its way."""
+        if self.state is State.WHOLE and self.home.moves and self.stale:
+            self.reshard()
+        if self.state is not State.SHARDED:
+            return
+        if self.home.moves and (self.stale or not self.home.stays):
+            self._published = self.written()
+            self._gathering = self.home.gather(self.group, async_op)
+        self.state = State.GATHERING
+
+    def finish(self) -> None:
+        """Wait until it is whole."""
+        self.begin(async_op=False)
+        if self._gathering is not None:
+            self._gathering.wait()
+            self._gathering = None
+        self.state = State.WHOLE
+
+    def show_whole(self) -> None:
+        """Let the whole parameters stand in their modules."""
+        for whole, sharded in zip(self.whole, self.sharded, strict=True):
+            whole._requires_grad = sharded._requires_grad
+        self._put(self.whole)
+        self.reading = True
+
+    def show_sharded(self) -> None:
+        """Let the sharded parameters stand in their modules."""
+        self._put(self.sharded)
+
+    def _put(self, parameters: Sequence[Any]) -> None:
+        for slots, parameter in zip(self.slots, parameters, strict=True):
+            for slot in slots:
+                slot.module._parameters[slot.name] = parameter
+
+    def reshard(self) -> None:
+        """Give back what other ranks own."""
+        if self.state is State.SHARDED:
+            return
+        self.finish()
+        self.home.release()
+        self.state = State.SHARDED
+
+    # ---- gradients
+
+    def gradient_home(self, index: int) -> Any:
+        """Where the gradient of a whole parameter is to be made."""
+        if self._gradients is None:
+            total = self.layout.total
+            self._gradients = self.pool.take(total + len(self.whole), self.precision.whole)
+            self._homes = [make(view) for view in self.layout.views(self._gradients[:total])]
+        return self._homes[index]
+
+    def reduce(self, *, async_op: bool) -> Flight:
+        """Begin to add the gradients of all ranks; what has none here contributes nothing.
+
+        Behind the gradients travels a flag for each parameter, above 0 when some rank has one.
+        """
+        for index, whole in enumerate(self.whole):
+            home, given = self.gradient_home(index), whole._grad
+            if given is None:
+                home._data[...] = 0
+            elif given is not home:
+                np.copyto(home._data, given._data, casting="same_kind")
+            self._gradients[self.layout.total + index] = given is not None  # type: ignore[index]
+            whole._grad = None
+        assert self._gradients is not None
+        room, self._gradients, self._homes = self._gradients, None, []
+        return Flight(self, room, async_op)
+
+    def room_for_reduced(self) -> Array:
+        """An array for this rank's reduced gradients, and the flags: where gradients are to stay
+        if nothing is there yet.
+        """
+        held = any(p._grad is not None for p in self.sharded)
+        if self.precision.reduced != self.layout.dtype or held:
+            return np.empty(self._reduced_size, self.precision.reduced)
+        return self._kept_grads()
+
+    @property
+    def _reduced_size(self) -> int:
+        return sum(shard.size for shard in self.home.shards) + len(self.sharded)
+
+    def _kept_grads(self) -> Array:
+        if self._grads is None:
+            self._grads = np.empty(self._reduced_size, self.layout.dtype)
+            views = self.layout.shard_views(self._grads, self.group.rank())
+            self._grad_views = [gradient_of(p, v) for p, v in zip(self.sharded, views, strict=True)]
+        return self._grads
+
+    def take(self, reduced: Array) -> None:
+        """Let the sharded parameters have the reduced gradients, added to what they have.
+
+        A parameter that no rank had a gradient for keeps what it has.
+        """
+        kept, flags = self._kept_grads(), reduced[-len(self.sharded) :]
+        new = self.layout.shard_views(reduced, self.group.rank())
+        for index, (sharded, view) in enumerate(zip(self.sharded, self._grad_views, strict=True)):
+            if flags[index] <= 0:
+                continue
+            if sharded._grad is not None:
+                np.add(
+                    sharded._grad._data, new[index], out=sharded._grad._data, casting="same_kind"
+                )
+                sharded._grad._bump_version()
+                continue
+            if reduced is not kept:
+                np.copyto(view._data, new[index], casting="same_kind")
+            sharded._grad = view
+            view._bump_version()
+
+
+class Flight:
+    """A unit's gradients between `Unit.reduce` and their landing; `room` was lent by the pool."""
+
+    def __init__(self, unit: Unit, room: Array, async_op: bool) -> None:
+        self.unit, self.room = unit, room
+        self.out = unit.room_for_reduced()
+        tail = slice(unit.layout.total, room.size)
+        cuts = [[*cuts, tail] for cuts in unit.layout.cuts]
+        op = ReduceOp.AVG if unit.divide_by is None else ReduceOp.SUM
+        if self.out.dtype not in (room.dtype, widened(room.dtype)):
+            self.room = unit.pool.take(room.size, self.out.dtype)
+            np.copyto(self.room, room, casting="same_kind")
+            unit.pool.give(room)
+        call = ReduceShards(self.room, self.out, cuts, op)
+        self.work = unit.group.issue(call, async_op=async_op)
+
+    def land(self) -> None:
+        """Wait until the gradients are reduced and let the sharded parameters have them."""
+        unit, replicas = self.unit, self.unit.replicas
+        self.work.wait()
+        unit.pool.give(self.room)
+        if replicas is not None:
+            average = unit.divide_by is None
+            replicas.issue(AllReduce(self.out, ReduceOp.AVG if average else ReduceOp.SUM))
+        if unit.divide_by is not None:
+            np.divide(self.out, self.out.dtype.type(unit.divide_by), out=self.out)
+        unit.take(self.out)
+        unit.reading = False
