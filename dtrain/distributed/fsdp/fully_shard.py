@@ -7,7 +7,7 @@ ZeRO, arXiv:1910.02054; Zhao et al., PyTorch FSDP, VLDB 2023.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from dtrain.distributed.device_mesh import DeviceMesh
 from dtrain.distributed.fsdp.policies import MixedPrecisionPolicy, OffloadPolicy
 from dtrain.distributed.fsdp.state import ModuleState, state_of
 from dtrain.distributed.fsdp.unit import Precision, Slot, Unit
-from dtrain.distributed.world import ProcessGroup, resolve
+from dtrain.distributed.world import resolve
 from dtrain.nn.modules.container import ModuleDict, ModuleList
 from dtrain.nn.modules.module import Module
 
@@ -59,11 +59,10 @@ def fully_shard(
         if state_of(each) is not None:
             raise ValueError(f"fully_shard was called twice on a {type(each).__name__}")
     precision = mp_policy or MixedPrecisionPolicy()
-    shard, replicas = _groups(mesh)
+    ranks = _mesh(mesh)
     found = _parameters(modules, {id(p) for p in ignored_params or ()})
     units = [
-        Unit([slots for _, slots in same], [p for p, _ in same], shard, replicas,
-             _dtypes(dtype, precision))
+        Unit([slots for _, slots in same], [p for p, _ in same], ranks, _dtypes(dtype, precision))
         for dtype, same in _by_dtype(found).items()
     ]  # fmt: skip
     state = ModuleState(modules, units, _after_forward(reshard_after_forward), precision)
@@ -77,15 +76,12 @@ def _after_forward(wanted: bool | int | None) -> bool | None:
     return wanted if wanted is None else wanted is True or wanted > 1
 
 
-def _groups(mesh: DeviceMesh | None) -> tuple[ProcessGroup, ProcessGroup | None]:
-    """The ranks that share parameters, and those that have the same share."""
+def _mesh(mesh: DeviceMesh | None) -> DeviceMesh:
     if mesh is None:
-        return resolve(None), None
-    if mesh.ndim == 1:
-        return mesh.get_group(0), None
-    if mesh.ndim != 2:
+        return DeviceMesh.from_group(resolve(None), "cpu")
+    if mesh.ndim not in (1, 2):
         raise ValueError(f"fully_shard expects a 1D or 2D DeviceMesh but got {mesh}")
-    return mesh.get_group(1), mesh.get_group(0)
+    return mesh
 
 
 def _parameters(
@@ -150,6 +146,51 @@ class FSDPModule:
     def reshard(self) -> None:
         """Let the sharded parameters stand in the module, and give memory back."""
         self._fsdp_state.reshard()
+
+    def _below(self, recurse: bool) -> Iterator[ModuleState]:
+        return self._fsdp_state.states() if recurse else iter([self._fsdp_state])
+
+    def set_requires_gradient_sync(
+        self, requires_gradient_sync: bool, *, recurse: bool = True
+    ) -> None:
+        """Whether the next backward passes reduce. If not, each rank keeps its own whole gradients,
+        accumulated: memory for as many numbers as the module has parameters. Without it, gradients
+        are accumulated in the shards.
+        """
+        for state in self._below(recurse):
+            for unit in state.units:
+                unit.sync = requires_gradient_sync
+
+    def set_reshard_after_forward(self, reshard_after_forward: bool, recurse: bool = True) -> None:
+        """Whether memory is given back between forward and backward."""
+        for state in self._below(recurse):
+            state.reshard_after_forward = reshard_after_forward
+
+    def set_reshard_after_backward(
+        self, reshard_after_backward: bool, *, recurse: bool = True
+    ) -> None:
+        """Whether memory is given back when gradients are complete."""
+        for state in self._below(recurse):
+            for unit in state.units:
+                unit.reshards = reshard_after_backward
+
+    def set_modules_to_forward_prefetch(self, modules: Sequence[FSDPModule]) -> None:
+        """Whose parameters are gathered beside this module's forward, in place of the next one's.
+
+        On one host with shared memory there is nothing to gather.
+        """
+        self._fsdp_state.forward_prefetch = [each._fsdp_state for each in modules]
+
+    def set_modules_to_backward_prefetch(self, modules: Sequence[FSDPModule]) -> None:
+        """Whose parameters are gathered beside this module's backward, in place of the one's
+        before.
+        """
+        self._fsdp_state.backward_prefetch = [each._fsdp_state for each in modules]
+
+    def set_gradient_divide_factor(self, factor: float) -> None:
+        """Divide the sum of gradients over ranks by `factor`, not by their number."""
+        for unit in self._fsdp_state.units:
+            unit.divide_by = float(factor)
 
 
 class UnshardHandle:

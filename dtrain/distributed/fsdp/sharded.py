@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dtrain.autograd.node import make
+from dtrain.distributed.tensor._api import DTensorParameter, wrap
+from dtrain.distributed.tensor._dtensor_spec import DTensorSpec
 from dtrain.flat import Array
 from dtrain.nn.parameter import Parameter
 from dtrain.tensor import rebuild
@@ -41,13 +43,9 @@ def whole_parameter(data: Array, unit: Unit, index: int) -> Whole:
     return whole
 
 
-def sharded_parameter(local: Array, original: Parameter, unit: Unit) -> Any:
-    """What this rank owns of `original`, as a parameter."""
-    sharded = rebuild(Parameter, local, original._requires_grad)
+def sharded_parameter(local: Array, original: Parameter, spec: DTensorSpec, unit: Unit) -> Any:
+    """What this rank owns of `original`, as a DTensor parameter."""
+    sharded: Any = wrap(make(local), spec, DTensorParameter)
+    sharded._requires_grad = original._requires_grad
     sharded._fsdp = unit
     return sharded
-
-
-def gradient_of(sharded: Any, local: Array) -> Any:
-    """`local` as the gradient of a sharded parameter."""
-    return make(local)

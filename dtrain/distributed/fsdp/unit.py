@@ -22,9 +22,12 @@ from dtrain.comm.collectives import AllReduce
 from dtrain.comm.reduce import ReduceOp, widened
 from dtrain.comm.shards import ReduceShards
 from dtrain.comm.work import Work
+from dtrain.distributed.device_mesh import DeviceMesh
 from dtrain.distributed.fsdp.layout import Layout
 from dtrain.distributed.fsdp.memory import Pool, home_for
-from dtrain.distributed.fsdp.sharded import gradient_of, sharded_parameter, whole_parameter
+from dtrain.distributed.fsdp.sharded import sharded_parameter, whole_parameter
+from dtrain.distributed.tensor._dtensor_spec import DTensorSpec
+from dtrain.distributed.tensor.placement_types import Replicate, Shard
 from dtrain.distributed.world import ProcessGroup
 from dtrain.flat import Array
 
@@ -55,37 +58,39 @@ class Precision:
 
 
 class Unit:
-    """Parameters that this rank has a shard of; all ranks of `shard_group` make it alike.
+    """Parameters that this rank has a shard of; all ranks of `mesh` make it alike.
 
-    `slots[i]`: all the places where parameter i stands. `replicas`: the group of the ranks that own
-    the same shard, None when there is no other. Making it waits for all ranks.
+    `slots[i]`: all the places where parameter i stands. The ranks along the last axis of the mesh
+    (`group`) own different shards, those along the first of two the same. Waits for all ranks.
     """
 
     def __init__(
         self,
         slots: Sequence[Sequence[Slot]],
         parameters: Sequence[Any],
-        shard_group: ProcessGroup,
-        replicas: ProcessGroup | None,
+        mesh: DeviceMesh,
         precision: Precision,
     ) -> None:
-        self.slots, self.group, self.replicas = slots, shard_group, replicas
-        self.precision = precision
-        rank = shard_group.rank()
+        self.slots, self.precision = slots, precision
+        self.group: ProcessGroup = mesh.get_group(mesh.ndim - 1)
+        self.replicas: ProcessGroup | None = mesh.get_group(0) if mesh.ndim == 2 else None
+        placements = (Replicate(), Shard(0))[2 - mesh.ndim :]
+        rank = self.group.rank()
         arrays = [p._data for p in parameters]
-        self.layout = Layout([a.shape for a in arrays], arrays[0].dtype, shard_group.size())
-        self.home = home_for(self.layout, shard_group, precision.whole)
+        self.layout = Layout([a.shape for a in arrays], arrays[0].dtype, self.group.size())
+        self.home = home_for(self.layout, self.group, precision.whole)
         self.state = State.SHARDED
         self.sharded, self.whole = [], []
         views = self.layout.views(self.home.array)
         for index, parameter in enumerate(parameters):
             shard = self.home.shards[index]
+            spec = DTensorSpec(mesh, placements, parameter._data.shape)
             np.copyto(shard, arrays[index][self.layout.rows(index, rank)])
-            sharded = sharded_parameter(shard, parameter, self)
+            sharded = sharded_parameter(shard, parameter, spec, self)
             whole = whole_parameter(views[index], self, index)
             self.sharded.append(sharded)
             self.whole.append(whole)
-        self.pool = Pool(shard_group)  # where gradients are made; a root has one for all its units
+        self.pool = Pool(self.group)  # where gradients are made; a root has one for all its units
         self.sync = True  # whether the next backward pass reduces
         self.reshards = True  # whether it is given back when its gradients are complete
         self.divide_by: float | None = None  # None: the number of ranks
@@ -211,7 +216,7 @@ class Unit:
         if self._grads is None:
             self._grads = np.empty(self._reduced_size, self.layout.dtype)
             views = self.layout.shard_views(self._grads, self.group.rank())
-            self._grad_views = [gradient_of(p, v) for p, v in zip(self.sharded, views, strict=True)]
+            self._grad_views = [make(view) for view in views]
         return self._grads
 
     def take(self, reduced: Array) -> None:
