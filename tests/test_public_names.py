@@ -137,6 +137,9 @@ NAMES = {
     "dtrain.distributed.algorithms._checkpoint.checkpoint_wrapper": """
         checkpoint_wrapper CheckpointImpl CheckpointWrapper ActivationWrapper offload_wrapper
         apply_activation_checkpointing""",
+    "dtrain.distributed.fsdp": """
+        fully_shard FSDPModule UnshardHandle register_fsdp_forward_method MixedPrecisionPolicy
+        OffloadPolicy""",
     "dtrain.distributed.fsdp.wrap": """
         always_wrap_policy lambda_auto_wrap_policy transformer_auto_wrap_policy
         size_based_auto_wrap_policy ModuleWrapPolicy CustomPolicy enable_wrap wrap

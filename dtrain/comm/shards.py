@@ -30,13 +30,15 @@ class ReduceShards(Collective):
     """Combine `inp` of all ranks and leave the pieces of rank r in `out` of rank r, packed.
 
     Pieces may belong to several ranks. `out` has the dtype of `inp`; or the wider one in which
-    16-bit floats are accumulated, and then it is not rounded.
+    16-bit floats are accumulated, and then it is not rounded. `label`: what it is, which must be
+    the same on all ranks.
     """
 
     inp: Array
     out: Array
     cuts: Sequence[Cuts]
     op: ReduceOp = SUM
+    label: str = ""
     kind: ClassVar[str] = "reduce_shards"
 
     @staticmethod
@@ -62,7 +64,7 @@ class ReduceShards(Collective):
     @property
     def signature(self) -> str:
         into = "" if self.out.dtype == self.inp.dtype else f", {self.out.dtype}"
-        return f"reduce_shards({describe(self.inp)}{into}, op={self.op})"
+        return f"reduce_shards({describe(self.inp)}{into}, op={self.op}{_named(self.label)})"
 
     @property
     def output(self) -> Array | None:
@@ -79,12 +81,14 @@ class GatherShards(Collective):
 
     `shared`: `out` is one array for all ranks of a host (`sharing.share`); when the call is
     complete all of it may be read. Nobody may read it from before the first rank's call until then.
+    `label`: what it is, which must be the same on all ranks.
     """
 
     inp: Array
     out: Array
     cuts: Sequence[Cuts]
     shared: bool = False
+    label: str = ""
     kind: ClassVar[str] = "gather_shards"
 
     @staticmethod
@@ -106,11 +110,15 @@ class GatherShards(Collective):
 
     @property
     def signature(self) -> str:
-        return f"gather_shards({describe(self.out)}{', shared' * self.shared})"
+        return f"gather_shards({describe(self.out)}{', shared' * self.shared}{_named(self.label)})"
 
     @property
     def output(self) -> Array | None:
         return self.out
+
+
+def _named(label: str) -> str:
+    return f", '{label}'" if label else ""
 
 
 def _check_shards(

@@ -1,6 +1,6 @@
 """Fully sharded data parallel, at torch.distributed.fsdp's names and paths.
 
-fully_shard.py is the public face. Below it the engine: layout.py (which rows are whose), memory.py
+_fully_shard.py is the public face. Below it the engine: layout.py (which rows are whose), memory.py
 (where a unit is while it is whole), unit.py (states and verbs), root.py (when what happens, fences)
 and state.py (around the calls of modules). wrap.py chooses modules by a policy. Names are loaded
 when they are first asked for: wrap.py is used without the engine.
@@ -12,18 +12,31 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dtrain.distributed.fsdp.fully_shard import (
+    from dtrain.distributed.fsdp._fully_shard import (
         FSDPModule as FSDPModule,
         UnshardHandle as UnshardHandle,
         fully_shard as fully_shard,
+        register_fsdp_forward_method as register_fsdp_forward_method,
     )
     from dtrain.distributed.fsdp.policies import (
         MixedPrecisionPolicy as MixedPrecisionPolicy,
         OffloadPolicy as OffloadPolicy,
     )
 
+__all__ = [
+    "FSDPModule",
+    "MixedPrecisionPolicy",
+    "OffloadPolicy",
+    "UnshardHandle",
+    "fully_shard",
+    "register_fsdp_forward_method",
+]
+
 _PLACES = {
-    **dict.fromkeys(("FSDPModule", "UnshardHandle", "fully_shard"), "fully_shard"),
+    **dict.fromkeys(
+        ("FSDPModule", "UnshardHandle", "fully_shard", "register_fsdp_forward_method"),
+        "_fully_shard",
+    ),
     **dict.fromkeys(("MixedPrecisionPolicy", "OffloadPolicy"), "policies"),
 }
 
@@ -31,7 +44,7 @@ _PLACES = {
 def __getattr__(name: str) -> Any:
     if name in _PLACES:
         value = getattr(importlib.import_module(f"dtrain.distributed.fsdp.{_PLACES[name]}"), name)
-        globals()[name] = value  # in place of the sub-module of that name, too
+        globals()[name] = value
         return value
     raise AttributeError(f"module 'dtrain.distributed.fsdp' has no attribute {name!r}")
 

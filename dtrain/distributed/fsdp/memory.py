@@ -39,7 +39,7 @@ class Home:
     def publish(self) -> None:
         """Bring this rank's shards into `array`, where that is something else."""
 
-    def gather(self, group: ProcessGroup, async_op: bool) -> Work | None:
+    def gather(self, group: ProcessGroup, label: str, async_op: bool) -> Work | None:
         """Fill `array` from all shards; None: there is nothing to wait for."""
         raise NotImplementedError
 
@@ -65,7 +65,7 @@ class Shared(Home):
             for own, shard in zip(self._own, self.shards, strict=True):
                 np.copyto(own, shard, casting="unsafe")
 
-    def gather(self, group: ProcessGroup, async_op: bool) -> Work | None:
+    def gather(self, group: ProcessGroup, label: str, async_op: bool) -> Work | None:
         return None
 
 
@@ -79,11 +79,10 @@ class _Gathered(Home):
         self._cuts = layout.cuts
         self.shards = layout.shard_views(packed, rank)
 
-    def gather(self, group: ProcessGroup, async_op: bool) -> Work | None:
+    def gather(self, group: ProcessGroup, label: str, async_op: bool) -> Work | None:
         sent = self._packed.astype(self.array.dtype, copy=False)
-        return group.issue(
-            GatherShards(sent, self.array, self._cuts, self._shared), async_op=async_op
-        )
+        call = GatherShards(sent, self.array, self._cuts, self._shared, label)
+        return group.issue(call, async_op=async_op)
 
 
 class OnHosts(_Gathered):

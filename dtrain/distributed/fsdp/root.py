@@ -79,6 +79,9 @@ class Root:
 
     def gather_for_forward(self, state: ModuleState) -> None:
         """Wait for the units of a module whose forward begins, and begin to gather the next."""
+        if engine.is_running():  # activations computed again
+            self._gather(state, [], [])
+            return
         place = len(self._forwards)
         known = self._before[place : place + 2]
         following = known[1:] if known[:1] == [state] else []
@@ -90,6 +93,8 @@ class Root:
         """Wait for the units of a module whose backward begins, and begin to gather the next."""
         at = max((n for n, each in enumerate(self._forwards) if each is state), default=0)
         self._gather(state, state.backward_prefetch, self._forwards[max(at - 1, 0) : at])
+        for unit in state.units:
+            unit.show_whole()  # modules that compute again may find them there
 
     def _gather(
         self, state: ModuleState, named: list[ModuleState] | None, following: list[ModuleState]
@@ -123,8 +128,8 @@ class Root:
         self._pending[id(unit)] -= 1
         if self._pending[id(unit)]:
             return
-        if unit.reshards:
-            unit.reshard()
+        if all(p._requires_grad for p in unit.whole):  # else what is frozen may be needed still
+            unit.leave()
         if not self._settled:
             self._seen.append(unit)
         self._reduce_complete()
@@ -171,14 +176,15 @@ class Root:
         self._running = False
         self._passes += 1
         for unit in self.units:
-            if unit.reshards:
-                unit.reshard()
+            unit.leave()
 
     def _abandon(self) -> None:
         """Forget a pass that an exception cut short."""
         self._running = False
-        self._flights.clear()
+        while self._flights:
+            self._flights.popleft().land()
         for unit in self.units:
+            unit.leave()
             for whole in unit.whole:
                 whole._grad = None
 
@@ -196,7 +202,7 @@ class Root:
         self.order = [self.units[place] for place in order.tolist()]
 
     def _where(self, what: str, units: Sequence[Unit]) -> str:
-        first, last = units[0].slots[0][0].path, units[-1].slots[-1][0].path
+        first, last = units[0].name, units[-1].path_of(-1)
         return (
             f"in fully sharded data parallel on rank {units[0].group.rank()}, {what} unit "
             f"{self.units.index(units[0])} of {len(self.units)} ('{first}' to '{last}'). If ranks "

@@ -1,15 +1,19 @@
 """The two faces of a parameter: what each rank owns, and the whole that forward computes with.
 
-Owns: `Whole`, the leaf that stands in the module during forward, and `sharded_parameter`, what
-stands there otherwise and what optimizers hold.
+Owns: `Whole`, the leaf that stands in the module during forward, and `Sharded`, the DTensor that
+stands there otherwise and that optimizers hold. Rule: a sharded parameter never leaves its memory,
+and every change of it is counted: other ranks read it where it is, or are sent it when it changed.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from dtrain.autograd.node import make
-from dtrain.distributed.tensor._api import DTensorParameter, wrap
+from dtrain.autograd.value import PARTS
+from dtrain.distributed.tensor._api import DTensor, DTensorParameter, wrap
 from dtrain.distributed.tensor._dtensor_spec import DTensorSpec
 from dtrain.flat import Array
 from dtrain.nn.parameter import Parameter
@@ -43,9 +47,57 @@ def whole_parameter(data: Array, unit: Unit, index: int) -> Whole:
     return whole
 
 
-def sharded_parameter(local: Array, original: Parameter, spec: DTensorSpec, unit: Unit) -> Any:
+class Sharded(DTensorParameter):
+    """This rank's rows of a parameter of a unit; `grad` is what is left of the reduced gradient.
+
+    Changed in place by DTensor's operations, `data` and optimizers, on every rank alike; each waits
+    until no rank reads the old values. Not through `to_local().numpy()`: nobody would know.
+    """
+
+    __slots__ = ()
+
+    _fsdp: Unit
+
+    @property
+    def data(self) -> Any:
+        """The same memory outside the graph; changes of it are counted as changes of this."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        if not isinstance(value, DTensor) or value._spec != self._spec:
+            found = value._spec if isinstance(value, DTensor) else type(value).__name__
+            raise TypeError(f"the data of a sharded parameter is a {self._spec}, got {found}")
+        if value._data.dtype != self._data.dtype:
+            raise TypeError(
+                f"a parameter in fully sharded data parallel stays {self.dtype}, got "
+                f"{value.dtype}: convert the model before fully_shard, or use MixedPrecisionPolicy"
+            )
+        if value._data is not self._data:
+            self._fsdp.await_readers()
+            np.copyto(self._data, value._data)
+            self._bump_version()
+
+    def _put(self, index: Any, value: Any, part: bool) -> None:
+        self._fsdp.await_readers()
+        super()._put(index, value, part)
+
+    def _update(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._fsdp.await_readers()
+        return super()._update(function, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise RuntimeError(
+            "a parameter in fully sharded data parallel cannot be copied: copy its state dict"
+        )
+
+
+PARTS[Sharded] = PARTS[DTensor]
+
+
+def sharded_parameter(local: Array, original: Parameter, spec: DTensorSpec, unit: Unit) -> Sharded:
     """What this rank owns of `original`, as a DTensor parameter."""
-    sharded: Any = wrap(make(local), spec, DTensorParameter)
+    sharded: Any = wrap(make(local), spec, Sharded)
     sharded._requires_grad = original._requires_grad
     sharded._fsdp = unit
-    return sharded
+    return sharded  # type: ignore[no-any-return]

@@ -46,8 +46,8 @@ class ModuleState:
         self.is_root = False
         self._entered: set[int] = set()  # modules of the group whose forward has begun, or is over
         for module in modules:
-            module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True)
-            module.register_forward_hook(self._after)
+            module.register_forward_pre_hook(self.before, prepend=True, with_kwargs=True)
+            module.register_forward_hook(self.after, always_call=True)
             module.register_state_dict_pre_hook(self._before_state_dict)
             module.register_load_state_dict_pre_hook(self._before_load)
 
@@ -77,8 +77,11 @@ class ModuleState:
             )
         self.is_root = True
         root = Root([unit for state in states for unit in state.units])
+        paths = {id(module): path for path, module in self.modules[0].named_modules()}
         for state in states:
             state.root = root
+            for unit in state.units:
+                unit.where = paths.get(id(state.modules[0]), "")
             if state.reshard_after_forward is None:
                 state.reshard_after_forward = state is not self
         return root
@@ -106,7 +109,7 @@ class ModuleState:
 
     # ---- around forward
 
-    def _before(self, module: Module, args: Any, kwargs: Any) -> Any:
+    def before(self, module: Module, args: Any, kwargs: Any) -> Any:
         root = self.make_root()
         if id(module) not in self._entered and not self._entered:
             if self.is_root:
@@ -120,11 +123,11 @@ class ModuleState:
             return cast_floating(args, dtype), cast_floating(kwargs, dtype)
         return None
 
-    def _after(self, module: Module, args: Any, output: Any) -> Any:
+    def after(self, module: Module, args: Any, output: Any) -> Any:
         if len(self._entered) == len(self.modules):
             self._entered.clear()
             self._end_forward()
-        if is_grad_enabled() and not all(unit.home.stays for unit in self.units):
+        if is_grad_enabled() and self.units:
             map_tensors(self._watch, output)
         if self.precision.output_dtype is not None:
             return cast_floating(output, self.precision.output_dtype)

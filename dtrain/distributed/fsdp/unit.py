@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from dtrain.autograd.node import make
-from dtrain.comm.collectives import AllReduce
+from dtrain.comm.collectives import AllReduce, Barrier
 from dtrain.comm.reduce import ReduceOp, widened
 from dtrain.comm.shards import ReduceShards
 from dtrain.comm.work import Work
@@ -91,7 +91,10 @@ class Unit:
             self.sharded.append(sharded)
             self.whole.append(whole)
         self.pool = Pool(self.group)  # where gradients are made; a root has one for all its units
+        self.where = ""  # the path of the module that it belongs to, in the root
         self.sync = True  # whether the next backward pass reduces
+        self.sync_replicas = True  # and whether over the replicas, too
+        self._partial: Array | None = None  # what has not been reduced over them yet
         self.reshards = True  # whether it is given back when its gradients are complete
         self.divide_by: float | None = None  # None: the number of ranks
         self.reading = False  # whether a rank may still read what was written before
@@ -105,8 +108,13 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """The unit by its first parameter."""
-        return self.slots[0][0].path
+        """The unit by the path of its first parameter."""
+        return self.path_of(0)
+
+    def path_of(self, index: int) -> str:
+        """The path of a parameter in the model, as far as it is known."""
+        own = self.slots[index][0].path
+        return f"{self.where}.{own}" if self.where else own
 
     # ---- parameters
 
@@ -119,6 +127,12 @@ class Unit:
         """Whether another rank may be reading this rank's shards where they are."""
         return self.reading and not self.home.moves
 
+    def await_readers(self) -> None:
+        """Wait until no rank reads these shards any more; all ranks come here, or none."""
+        if self.is_read:
+            self.group.issue(Barrier())
+            self.reading = False
+
     @property
     def stale(self) -> bool:
         """Whether shards have changed since they were last made known to the other ranks."""
@@ -130,23 +144,29 @@ class Unit:
         self._published = self.written()
 
     def begin(self, *, async_op: bool) -> None:
-        """Start to gather, unless it is whole, or on its way."""
+        """Start to gather, unless it is whole, or on its way; all ranks do."""
+        if self.stale and not self.home.moves:
+            self.publish()
+            self.group.issue(Barrier())
         if self.state is State.WHOLE and self.home.moves and self.stale:
             self.reshard()
         if self.state is not State.SHARDED:
             return
         if self.home.moves and (self.stale or not self.home.stays):
             self._published = self.written()
-            self._gathering = self.home.gather(self.group, async_op)
+            self._gathering = self.home.gather(self.group, self.name, async_op)
         self.state = State.GATHERING
 
     def finish(self) -> None:
         """Wait until it is whole."""
         self.begin(async_op=False)
-        if self._gathering is not None:
-            self._gathering.wait()
-            self._gathering = None
+        self._arrive()
         self.state = State.WHOLE
+
+    def _arrive(self) -> None:
+        gathering, self._gathering = self._gathering, None
+        if gathering is not None:
+            gathering.wait()
 
     def show_whole(self) -> None:
         """Let the whole parameters stand in their modules."""
@@ -164,11 +184,17 @@ class Unit:
             for slot in slots:
                 slot.module._parameters[slot.name] = parameter
 
+    def leave(self) -> None:
+        """The end of its backward pass."""
+        self.show_sharded()
+        if self.reshards:
+            self.reshard()
+
     def reshard(self) -> None:
         """Give back what other ranks own."""
         if self.state is State.SHARDED:
             return
-        self.finish()
+        self._arrive()
         self.home.release()
         self.state = State.SHARDED
 
@@ -204,6 +230,8 @@ class Unit:
         if nothing is there yet.
         """
         held = any(p._grad is not None for p in self.sharded)
+        if self.replicas is not None:
+            held |= self._partial is not None or not self.sync_replicas
         if self.precision.reduced != self.layout.dtype or held:
             return np.empty(self._reduced_size, self.precision.reduced)
         return self._kept_grads()
@@ -218,6 +246,17 @@ class Unit:
             views = self.layout.shard_views(self._grads, self.group.rank())
             self._grad_views = [make(view) for view in views]
         return self._grads
+
+    def reduce_replicas(self, reduced: Array) -> bool:
+        """Add the gradients of the replicas, and what earlier passes left; or leave these, too."""
+        assert self.replicas is not None
+        if self._partial is not None:
+            np.add(reduced, self._partial, out=reduced)
+        self._partial = None if self.sync_replicas else reduced
+        if self.sync_replicas:
+            op = ReduceOp.AVG if self.divide_by is None else ReduceOp.SUM
+            self.replicas.issue(AllReduce(reduced, op))
+        return self.sync_replicas
 
     def take(self, reduced: Array) -> None:
         """Let the sharded parameters have the reduced gradients, added to what they have.
@@ -254,18 +293,16 @@ class Flight:
             self.room = unit.pool.take(room.size, self.out.dtype)
             np.copyto(self.room, room, casting="same_kind")
             unit.pool.give(room)
-        call = ReduceShards(self.room, self.out, cuts, op)
+        call = ReduceShards(self.room, self.out, cuts, op, unit.name)
         self.work = unit.group.issue(call, async_op=async_op)
 
     def land(self) -> None:
         """Wait until the gradients are reduced and let the sharded parameters have them."""
-        unit, replicas = self.unit, self.unit.replicas
+        unit = self.unit
         self.work.wait()
         unit.pool.give(self.room)
-        if replicas is not None:
-            average = unit.divide_by is None
-            replicas.issue(AllReduce(self.out, ReduceOp.AVG if average else ReduceOp.SUM))
-        if unit.divide_by is not None:
-            np.divide(self.out, self.out.dtype.type(unit.divide_by), out=self.out)
-        unit.take(self.out)
         unit.reading = False
+        if unit.replicas is None or unit.reduce_replicas(self.out):
+            if unit.divide_by is not None:
+                np.divide(self.out, self.out.dtype.type(unit.divide_by), out=self.out)
+            unit.take(self.out)

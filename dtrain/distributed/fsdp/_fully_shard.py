@@ -7,6 +7,7 @@ ZeRO, arXiv:1910.02054; Zhao et al., PyTorch FSDP, VLDB 2023.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -43,37 +44,57 @@ def fully_shard(
                     shares, the first replicates (hybrid sharding).
     reshard_after_forward   whether a unit's memory is given back between forward and backward;
                     None: yes, except for the root. On one host with shared memory nothing has to be
-                    given back, and it changes nothing. A number is taken for True, the number of
-                    ranks for True and 1 for False.
+                    given back, and it changes nothing. 1 means False; another number, which must be
+                    a factor of the number of ranks, True: the ranks of a host keep one copy anyway.
     mp_policy       dtypes in forward, backward and reduction.
+    offload_policy  `OffloadPolicy()`, which is the default; there is no other one yet.
     ignored_params  parameters that stay as they are.
 
-    ValueError for a parameter without dimensions, and for one that other modules share.
+    ValueError for a parameter without dimensions.
     """
     modules = [module] if isinstance(module, Module) else list(module)
     for each in modules:
-        if isinstance(each, (ModuleList, ModuleDict)):
-            raise ValueError(
-                f"fully_shard does not support containers that do not implement forward: {each}"
-            )
-        if state_of(each) is not None:
-            raise ValueError(f"fully_shard was called twice on a {type(each).__name__}")
+        _check_module(each)
+    if offload_policy is not None and type(offload_policy) is not OffloadPolicy:
+        raise TypeError(f"offload_policy: expected an OffloadPolicy, got {offload_policy!r}")
     precision = mp_policy or MixedPrecisionPolicy()
     ranks = _mesh(mesh)
+    after_forward = _after_forward(reshard_after_forward, ranks.size(ranks.ndim - 1))
     found = _parameters(modules, {id(p) for p in ignored_params or ()})
     units = [
         Unit([slots for _, slots in same], [p for p, _ in same], ranks, _dtypes(dtype, precision))
         for dtype, same in _by_dtype(found).items()
     ]  # fmt: skip
-    state = ModuleState(modules, units, _after_forward(reshard_after_forward), precision)
+    state = ModuleState(modules, units, after_forward, precision)
     for each in modules:
         each.__dict__["_fsdp_state"] = state
         each.__class__ = _class_for(type(each))
     return module
 
 
-def _after_forward(wanted: bool | int | None) -> bool | None:
-    return wanted if wanted is None else wanted is True or wanted > 1
+def _check_module(module: Module) -> None:
+    if isinstance(module, (ModuleList, ModuleDict)):
+        raise ValueError(
+            f"fully_shard does not support containers that do not implement forward: {module}"
+        )
+    if state_of(module) is not None:
+        raise ValueError(f"fully_shard was called twice on a {type(module).__name__}")
+
+
+def _after_forward(wanted: bool | int | None, size: int) -> bool | None:
+    if wanted is None or isinstance(wanted, bool):
+        return wanted
+    if not isinstance(wanted, int):
+        raise ValueError(
+            "reshard_after_forward should be a bool or an int representing the group size to "
+            f"reshard to, not {wanted}"
+        )
+    if wanted < 1 or size % wanted:
+        raise ValueError(
+            "If passing reshard_after_forward as an int, it should be a factor of "
+            f"{size}, not {wanted}"
+        )
+    return wanted > 1
 
 
 def _mesh(mesh: DeviceMesh | None) -> DeviceMesh:
@@ -125,7 +146,8 @@ _classes: dict[type, type] = {}
 def _class_for(cls: type) -> type:
     """`cls` with the verbs, made once; its name is torch's."""
     if cls not in _classes:
-        _classes[cls] = type(f"FSDP{cls.__name__}", (FSDPModule, cls), {})
+        made = type(f"FSDP{cls.__name__}", (FSDPModule, cls), {"__doc__": cls.__doc__})
+        _classes.setdefault(cls, made)  # ranks may be threads
     return _classes[cls]
 
 
@@ -139,16 +161,12 @@ class FSDPModule:
 
         With `async_op` returns a handle at once, whose `wait` does the rest.
         """
-        self._fsdp_state.make_root()
         self._fsdp_state.unshard(async_op=async_op)
         return UnshardHandle(self._fsdp_state) if async_op else None
 
     def reshard(self) -> None:
         """Let the sharded parameters stand in the module, and give memory back."""
         self._fsdp_state.reshard()
-
-    def _below(self, recurse: bool) -> Iterator[ModuleState]:
-        return self._fsdp_state.states() if recurse else iter([self._fsdp_state])
 
     def set_requires_gradient_sync(
         self, requires_gradient_sync: bool, *, recurse: bool = True
@@ -157,12 +175,34 @@ class FSDPModule:
         accumulated: memory for as many numbers as the module has parameters. Without it, gradients
         are accumulated in the shards.
         """
-        for state in self._below(recurse):
-            for unit in state.units:
-                unit.sync = requires_gradient_sync
+        for unit in self._units(recurse):
+            unit.sync = requires_gradient_sync
+
+    def set_requires_all_reduce(self, requires_all_reduce: bool, *, recurse: bool = True) -> None:
+        """On a 2-D mesh: whether gradients are added over the replicas, too, in the next backward
+        passes. If not, they are kept as this rank's part of the sum, and added up with later ones.
+        """
+        for unit in self._units(recurse):
+            unit.sync_replicas = requires_all_reduce
+
+    def set_is_last_backward(self, is_last_backward: bool) -> None:
+        """Changes nothing: all gradients are there when `backward` returns. (PyTorch can wait for
+        them at a later one.)
+        """
+
+    def set_reduce_scatter_unused_params(
+        self, reduce_scatter_unused_params: bool, *, recurse: bool = True
+    ) -> None:
+        """Changes nothing: units of which some ranks have no gradients are always reduced. A
+        parameter that no rank has used keeps `grad` as it is.
+        """
 
     def set_reshard_after_forward(self, reshard_after_forward: bool, recurse: bool = True) -> None:
-        """Whether memory is given back between forward and backward."""
+        """Whether memory is given back between forward and backward. ValueError if no bool."""
+        if not isinstance(reshard_after_forward, bool):
+            raise ValueError(
+                f"reshard_after_forward should be a bool, got {type(reshard_after_forward)}"
+            )
         for state in self._below(recurse):
             state.reshard_after_forward = reshard_after_forward
 
@@ -170,27 +210,77 @@ class FSDPModule:
         self, reshard_after_backward: bool, *, recurse: bool = True
     ) -> None:
         """Whether memory is given back when gradients are complete."""
-        for state in self._below(recurse):
-            for unit in state.units:
-                unit.reshards = reshard_after_backward
+        for unit in self._units(recurse):
+            unit.reshards = reshard_after_backward
 
     def set_modules_to_forward_prefetch(self, modules: Sequence[FSDPModule]) -> None:
         """Whose parameters are gathered beside this module's forward, in place of the next one's.
 
         On one host with shared memory there is nothing to gather.
         """
-        self._fsdp_state.forward_prefetch = [each._fsdp_state for each in modules]
+        self._fsdp_state.forward_prefetch = [_state(each) for each in modules]
 
     def set_modules_to_backward_prefetch(self, modules: Sequence[FSDPModule]) -> None:
         """Whose parameters are gathered beside this module's backward, in place of the one's
         before.
         """
-        self._fsdp_state.backward_prefetch = [each._fsdp_state for each in modules]
+        self._fsdp_state.backward_prefetch = [_state(each) for each in modules]
 
     def set_gradient_divide_factor(self, factor: float) -> None:
         """Divide the sum of gradients over ranks by `factor`, not by their number."""
         for unit in self._fsdp_state.units:
             unit.divide_by = float(factor)
+
+    set_reduce_scatter_divide_factor = set_gradient_divide_factor  # PyTorch's older name
+
+    def reset_iter_state(self) -> None:
+        """Changes nothing: a pass that an exception has cut short is forgotten at the next forward
+        of the root.
+        """
+
+    def _get_fsdp_state(self) -> ModuleState:
+        return self._fsdp_state
+
+    def _below(self, recurse: bool) -> Iterator[ModuleState]:
+        return self._fsdp_state.states() if recurse else iter([self._fsdp_state])
+
+    def _units(self, recurse: bool) -> Iterator[Unit]:
+        return (unit for state in self._below(recurse) for unit in state.units)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise AssertionError(
+            "FSDP does not support deepcopy. Please use state dict for serialization."
+        )
+
+
+def _state(module: FSDPModule) -> ModuleState:
+    if not isinstance(module, FSDPModule):
+        raise ValueError(
+            f"expected a module that fully_shard was called on, got {type(module).__name__}"
+        )
+    return module._fsdp_state
+
+
+def register_fsdp_forward_method(module: Module, method_name: str) -> None:
+    """Let `module.method_name(...)` compute with whole parameters too, as forward does.
+
+    Changes nothing on a module that fully_shard was not called on.
+    """
+    if not isinstance(module, FSDPModule):
+        return
+    if not hasattr(module, method_name):
+        raise ValueError(f"{type(module)} does not have a method {method_name}")
+    method = getattr(module, method_name)
+
+    @functools.wraps(method)
+    def around(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = _state(self)
+        args, kwargs = state.before(self, args, kwargs) or (args, kwargs)
+        output = method(*args, **kwargs)
+        changed = state.after(self, args, output)
+        return output if changed is None else changed
+
+    setattr(module, method_name, around.__get__(module, type(module)))
 
 
 class UnshardHandle:
