@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from dtrain.comm.transports.mailbox import Array
 from dtrain.errors import CollectiveTimeout
@@ -120,7 +120,7 @@ class Future(Generic[T]):
 
     def then(self, callback: Callable[[Future[T]], S]) -> Future[S]:
         """A future of `callback(self)`; it fails with what the callback raises."""
-        result: Future[S] = Future(None if self._drive is None else self._move_on)
+        result: Future[S] = self._following()
 
         def run(future: Future[T]) -> None:
             try:
@@ -132,6 +132,9 @@ class Future(Generic[T]):
 
         self.add_done_callback(run)
         return result
+
+    def _following(self) -> Future[Any]:
+        return Future(None if self._drive is None else self._move_on)
 
     def _move_on(self, timeout: float | None) -> None:
         """Whoever waits for what follows from this future drives it."""

@@ -152,6 +152,7 @@ from dtrain.errors import (
 _LAZY = (
     "_functional_collectives",
     "algorithms",
+    "autograd",
     "checkpoint",
     "device_mesh",
     "distributed_c10d",

@@ -138,7 +138,7 @@ def rpc_sync(
     60). Raises what the function raised, with the remote traceback as its cause; `RpcTimeout`;
     `PeerLost` at once when the worker is gone; TypeError for what cannot be sent.
     """
-    return current.agent().rpc_sync(to, func, args, kwargs, timeout)
+    return current.caller().rpc_sync(to, func, args, kwargs, timeout)
 
 
 def rpc_async(
@@ -148,7 +148,7 @@ def rpc_async(
 
     Waits when thousands of calls to this worker have no answer yet.
     """
-    future: RpcFuture = current.agent().rpc_async(to, func, args, kwargs, timeout)
+    future: RpcFuture = current.caller().rpc_async(to, func, args, kwargs, timeout)
     return future
 
 
@@ -156,7 +156,7 @@ def remote(
     to: Any, func: Any, args: Any = None, kwargs: Any = None, timeout: float = UNSET_RPC_TIMEOUT
 ) -> RRef:
     """Run `func` on worker `to`, which keeps the result; a reference to it, at once."""
-    handle: RRef = current.agent().remote(to, func, args, kwargs, timeout)
+    handle: RRef = current.caller().remote(to, func, args, kwargs, timeout)
     return handle
 
 

@@ -36,7 +36,7 @@ class RpcFuture(Future[Any]):
         super().__init__()
         self._pool, self._shift = pool, shift
         self._read: Callable[[], Any] | None = None
-        self._give_up: Callable[[], None] | None = None
+        self._give_up: Callable[[], object] | None = None
 
     def arrive(self, read: Callable[[], Any]) -> None:
         """Complete with what `read()` will return or raise, to whoever asks first."""
@@ -87,6 +87,12 @@ class RpcFuture(Future[Any]):
             return False
         self._give_up()
         return True
+
+    def _following(self) -> RpcFuture:
+        """Of what follows from this call: to cancel it is to cancel the call."""
+        result = RpcFuture(self._pool, self._shift)
+        result._give_up = self.cancel
+        return result
 
 
 @dataclass(slots=True)

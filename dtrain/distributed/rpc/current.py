@@ -6,12 +6,16 @@ agent any more. 3. Threads of an agent run in the context in which it was made.
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from dtrain.distributed.world import World, current_world
 
 _agents: WeakKeyDictionary[World, Any] = WeakKeyDictionary()
+
+# Makes the calls of this thread in the agent's place: a distributed autograd context does.
+recorder: ContextVar[Any] = ContextVar("recorder", default=None)
 
 
 def agent() -> Any:
@@ -35,3 +39,8 @@ def install(made: Any) -> None:
 def installed() -> Any:
     """The agent, or None."""
     return _agents.get(current_world())
+
+
+def caller() -> Any:
+    """Who makes the calls of this thread: a recorder, else the agent."""
+    return recorder.get() or agent()

@@ -19,7 +19,10 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 # dtrain's own: on tensors and layers, not on files, sockets or processes.
-_DTRAIN = ("dtrain.ops", "dtrain.tensor", "dtrain.methods", "dtrain.nn.modules", "dtrain.optim")
+_DTRAIN = (
+    *("dtrain.ops", "dtrain.tensor", "dtrain.methods", "dtrain.nn.modules", "dtrain.optim"),
+    "dtrain.distributed.autograd.calls",
+)
 _MAIN = ("__main__", "__mp_main__")
 
 _exported: dict[tuple[str, str], Any] = {}

@@ -14,7 +14,7 @@ from typing import Any
 
 from dtrain.distributed.rpc import current
 from dtrain.distributed.rpc.ledger import Name
-from dtrain.distributed.rpc.names import export
+from dtrain.distributed.rpc.names import export, resolve
 from dtrain.distributed.rpc.options import UNSET_RPC_TIMEOUT, WorkerInfo
 
 __all__ = ["RRef", "called"]
@@ -65,7 +65,7 @@ class RRef:
         Blocks until it is there, at most `timeout` seconds (0: for ever; default: that of
         `init_rpc`). Raises what the function that makes it raised, `RpcTimeout`, `PeerLost`.
         """
-        return self._agent.fetch(self, timeout)
+        return (current.recorder.get() or self._agent).fetch(self, timeout)
 
     def local_value(self) -> Any:
         """The value itself, on its owner; RuntimeError elsewhere. Blocks until it is there."""
@@ -88,6 +88,20 @@ class RRef:
     def remote(self, timeout: float = UNSET_RPC_TIMEOUT) -> Proxy:
         """As `rpc_sync`; methods return references to their results."""
         return Proxy(self, "remote", timeout)
+
+    def backward(self, dist_autograd_ctx_id: int = -1, retain_graph: bool = False) -> None:
+        """Run backward from the value, a scalar, on its owner, in a distributed autograd context.
+
+        Without one (-1): through the owner's own graph, into `.grad`. Blocks until it is done.
+        """
+        if not self.is_owner() and dist_autograd_ctx_id == -1:
+            raise RuntimeError("User RRefs require 'dist_autograd_ctx_id' to be specified")
+        run = resolve("dtrain.distributed.autograd.calls", "backward_of")
+        parts = (self, dist_autograd_ctx_id, retain_graph)
+        if self.is_owner():
+            run(*parts)
+        else:
+            self._agent.rpc_sync(self.name.owner, run, parts, {}, UNSET_RPC_TIMEOUT)
 
     def __repr__(self) -> str:
         kind = "OwnerRRef" if self.is_owner() else "UserRRef"
@@ -120,7 +134,7 @@ class Proxy:
 
     def _call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         reference = self._reference
-        call = getattr(reference._agent, self._way)
+        call = getattr(current.recorder.get() or reference._agent, self._way)
         parts = (reference, method, args, kwargs)
         return call(reference.name.owner, invoke, parts, {}, self._timeout)
 
