@@ -22,7 +22,7 @@ from dtrain.distributed.rpc import current
 from dtrain.distributed.rpc.failures import RpcTimeout
 from dtrain.distributed.rpc.functions import async_execution, is_async
 from dtrain.distributed.rpc.options import UNSET_RPC_TIMEOUT
-from dtrain.distributed.rpc.rref import RRef
+from dtrain.distributed.rpc.rref import RRef, relays
 
 
 class Recorder:
@@ -154,6 +154,9 @@ def serve(number: int, key: list[int], places: Any, func: Any, args: Any, kwargs
 def keep(number: int, key: list[int], places: Any, func: Any, args: Any, kwargs: Any) -> Any:
     """As `serve`, but the result stays here, under the name of the reference."""
     return _future_of(func, _run_in(number, key, places, func, args, kwargs)[1])
+
+
+relays.update({serve: 3, keep: 3})
 
 
 def value_of(handle: RRef) -> Any:

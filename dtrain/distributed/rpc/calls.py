@@ -90,7 +90,7 @@ class RpcFuture(Future[Any]):
 
     def _following(self) -> RpcFuture:
         """Of what follows from this call: to cancel it is to cancel the call."""
-        result = RpcFuture(self._pool, self._shift)
+        result = RpcFuture(self._pool)  # no message completes it: nobody need move any
         result._give_up = self.cancel
         return result
 

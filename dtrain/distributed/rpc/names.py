@@ -21,7 +21,7 @@ T = TypeVar("T")
 # dtrain's own: on tensors and layers, not on files, sockets or processes.
 _DTRAIN = (
     *("dtrain.ops", "dtrain.tensor", "dtrain.methods", "dtrain.nn.modules", "dtrain.optim"),
-    "dtrain.distributed.autograd.calls",
+    *("dtrain.distributed.autograd.calls", "dtrain.distributed.optim.optimizer"),
 )
 _MAIN = ("__main__", "__mp_main__")
 

@@ -59,6 +59,12 @@ class RRef:
         """Whether the owner is known to have the value, or the error of what should make it."""
         return self._made is None or self._made.done()
 
+    def _get_future(self) -> Any:
+        """The future of the call of `remote` that makes the value; RuntimeError if none did."""
+        if self._made is None:
+            raise RuntimeError(f"{self} was not made by a call of remote on this worker")
+        return self._made
+
     def to_here(self, timeout: float = UNSET_RPC_TIMEOUT) -> Any:
         """A copy of the value; of the owner's, the value itself.
 
@@ -147,8 +153,15 @@ def invoke(reference: RRef, method: str, args: tuple[Any, ...], kwargs: dict[str
     return getattr(reference.local_value(), method)(*args, **kwargs)
 
 
+# {function that calls another: which of its arguments the other is; its arguments come next}.
+relays: dict[Any, int] = {}
+
+
 def called(function: Any, args: Any) -> str:
     """What a call is named in errors and statistics: its function, or the method of a proxy."""
+    place = relays.get(function)
+    if place is not None:
+        return called(args[place], args[place + 1])
     if function is invoke:
         return f"{args[1]} of a reference"
     return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', function)}"

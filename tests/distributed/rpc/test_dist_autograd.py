@@ -158,7 +158,7 @@ def test_what_is_not_used_holds_nobody_up():
             handles[1].rpc_sync().through(x, handles[:1])
             with pytest.raises(ValueError, match="no"):
                 rpc.rpc_sync("w2", refuse, (x,))
-            with pytest.raises(rpc.RpcTimeout):
+            with pytest.raises(rpc.RpcTimeout, match=r"held on worker 'w2' has not answered"):
                 rpc.rpc_sync("w2", held, (x,), timeout=0.05)
             gate.set()
             y = handles[0].rpc_sync().forward(x)
@@ -292,3 +292,40 @@ def test_errors():
                 dist_autograd.backward(context, [y.sum()])
 
     world(2, main)
+
+
+def weight_of(layer):
+    return rpc.RRef(layer.local_value().weight)
+
+
+def weight_here(weight):
+    return weight.local_value().detach()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.AdamW, {})]
+)
+def test_a_distributed_optimizer_takes_the_steps_of_one_process(kind, options):
+    def main():
+        handles, weights = layers_of(["w1", "w2", "w0"])
+        parameters = [rpc.rpc_sync(h.owner(), weight_of, (h,)) for h in handles]
+        optimizer = torch.distributed.optim.DistributedOptimizer(
+            kind, parameters, lr=0.05, **options
+        )
+        serial = kind(weights, lr=0.05, **options)
+        for step in range(4):
+            x = values(2, 3, seed=step)
+            serial.zero_grad()
+            serial_through(x, weights).sum().backward()
+            serial.step()
+            with dist_autograd.context() as context:
+                y = handles[0].rpc_sync().through(x, handles[1:])
+                dist_autograd.backward(context, [y.sum()])
+                optimizer.step(context)
+        for parameter, weight in zip(parameters, weights, strict=True):
+            found = rpc.rpc_sync(parameter.owner(), weight_here, (parameter,))
+            np.testing.assert_allclose(found.numpy(), weight.detach().numpy(), rtol=1e-10)
+        with pytest.raises(ValueError, match="Invalid learning rate"):
+            torch.distributed.optim.DistributedOptimizer(torch.optim.SGD, parameters, lr=-1.0)
+
+    world(3, main)
