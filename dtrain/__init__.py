@@ -388,7 +388,17 @@ warnings.filterwarnings(
 _keep_freed_memory()
 
 _LAZY = frozenset(  # sub-packages
-    ("distributed", "futures", "nn", "optim", "profiler", "serialization", "testing", "utils")
+    (
+        "distributed",
+        "futures",
+        "multiprocessing",
+        "nn",
+        "optim",
+        "profiler",
+        "serialization",
+        "testing",
+        "utils",
+    )
 )
 _LAZY_NAMES = {"save": "serialization", "load": "serialization"}
 

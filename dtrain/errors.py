@@ -28,6 +28,7 @@ __all__ = [
     "TransportTimeout",
     "WrongSize",
     "from_wire",
+    "lost_peer",
     "to_wire",
 ]
 
@@ -80,6 +81,15 @@ def from_wire(form: Sequence[Any]) -> DistError:
     """The error that `to_wire` told, as a fresh exception of the same class."""
     name, message, fields = form
     return _rebuild(name, message, fields)
+
+
+def lost_peer(error: BaseException | None) -> bool:
+    """Whether `error` comes from losing another rank, however it was wrapped."""
+    while error is not None:
+        if isinstance(error, PeerLost):
+            return True
+        error = error.__context__ if error.__cause__ is None else error.__cause__
+    return False
 
 
 class DistBackendError(DistError):

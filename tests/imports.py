@@ -45,7 +45,7 @@ COMM = (
     ("comm",),
 )
 ABOVE = (
-    ("futures",),
+    ("futures", "multiprocessing"),
     ("distributed", "distributed.fsdp.wrap"),
     ("nn.parallel", "inductor", "profiler"),
     ("distributed.fsdp",),

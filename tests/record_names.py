@@ -13,7 +13,8 @@ MODULES = """torch torch.nn torch.nn.functional torch.nn.init torch.nn.utils tor
     torch.optim torch.optim.lr_scheduler torch.utils.data torch.utils.checkpoint
     torch.distributed torch.distributed.fsdp torch.distributed.fsdp.wrap
     torch.distributed.pipelining
-    torch.distributed.tensor torch.distributed.tensor.parallel torch.autograd"""
+    torch.distributed.tensor torch.distributed.tensor.parallel torch.autograd
+    torch.multiprocessing"""
 
 
 HELPERS = {"Tensor", "assert_int_or_pair", "factory_kwargs"}  # seen in nn, meant for itself
@@ -30,9 +31,10 @@ def _names(module: ModuleType) -> list[str]:
     found = getattr(module, "__all__", None)
     if module is torch:  # its __all__ leaves out the dtypes
         found = [name for name, value in vars(torch).items() if not isinstance(value, ModuleType)]
-    elif found is None:
-        found = [name for name, value in vars(module).items() if _is_public(name, value)]
-    return sorted(name for name in found if not name.startswith("_"))
+    elif found is None or module is torch.multiprocessing:  # its __all__ leaves out spawn
+        shown = [name for name, value in vars(module).items() if _is_public(name, value)]
+        found = [*(found or ()), *shown]
+    return sorted({name for name in found if not name.startswith("_")})
 
 
 @recording

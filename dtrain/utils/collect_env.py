@@ -30,8 +30,10 @@ PACKAGES = (
     *("ml-dtypes", "mpi4py", "torch"),
 )
 SHOWN = ("DTRAIN_", "PET_", "TORCH", "OMP_", "OPENBLAS_", "MKL_", "BLIS_", "GOTO_", "MALLOC_")
-SHOWN_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TMPDIR")
-SHOWN_NAMES += ("XDG_RUNTIME_DIR", "XDG_STATE_HOME", "PYTHON_EXEC", "LOGLEVEL")
+SHOWN_NAMES = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TMPDIR"),
+    *("XDG_RUNTIME_DIR", "XDG_STATE_HOME", "PYTHON_EXEC", "LOGLEVEL"),
+)
 
 
 def get_env_info() -> dict[str, Any]:

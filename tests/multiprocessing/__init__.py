@@ -1,0 +1,1 @@
+"""Tests of dtrain.multiprocessing and of the notebook launcher."""
