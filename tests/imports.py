@@ -57,7 +57,8 @@ ABOVE = (
 CORE = {"numpy", "zmq", "msgpack", "ml_dtypes"}
 # Heavy and seldom needed: imported inside the function that needs them (`dtrain.testing` is itself
 # loaded by tests only).
-LAUNCHER_READS = ("dtrain.comm.store", "dtrain.flight", "dtrain.stacks")
+LAUNCHER_READS = ("dtrain.comm.store", "dtrain.comm.security.addresses", "dtrain.errors")
+LAUNCHER_READS += ("dtrain.flight", "dtrain.stacks")
 LAZY = {"cloudpickle", "mpi4py", "psutil", "safetensors", "threadpoolctl"}
 # A package's face may load sub-packages when they are first asked for, a registry what it lists.
 DYNAMIC = {"dtrain", "dtrain.autograd", "dtrain.nn", "dtrain.utils", "dtrain.distributed"}

@@ -41,6 +41,8 @@ class Agent:
         self._log_dir = run_dir
         self._received: int | None = None
         self._last_calls = ""  # of the ranks of an attempt that failed
+        self._group: Group | None = None  # of the attempt that runs, or was the last
+        self._spared: tuple[int, ...] = ()  # children that are no workers
 
     def run(self) -> int:
         """Launch, see everything end, and return the exit code. Blocks until then."""
@@ -69,11 +71,9 @@ class Agent:
     def _run_attempts(self, addr: str, port: int) -> int:
         self._announce()
         for number in range(self._spec.max_restarts + 1):
-            failures = self._attempt(number, addr, port)
+            failures = self._attempt(self._spec, self._numbered(number, number, addr, port))
             if self._received is not None:
-                name = errors.signal_name(self._received)
-                self._streams.say(f"dtrun: stopped by {name}, all workers have ended\n")
-                return 128 + self._received
+                return self._stopped()
             if not failures:
                 return 0
             target, host = self._spec.target, self._hostname
@@ -83,13 +83,18 @@ class Agent:
                 self._streams.say(f"dtrun: restart {left} of all workers\n")
         return errors.exit_code(errors.root_cause(failures))
 
-    def _hand_over_secret(self, run_dir: str) -> None:
+    def _stopped(self) -> int:
+        """Say which signal has ended the run; the exit code."""
+        assert self._received is not None
+        name = errors.signal_name(self._received)
+        self._streams.say(f"dtrun: stopped by {name}, all workers have ended\n")
+        return 128 + self._received
+
+    def _secret(self) -> bytes | None:
         """One node needs none that others know; several without one use each user's own."""
-        content = self._spec.secret
-        if content is None and self._spec.nnodes == 1:
-            content = secret.Secret(secret.fresh().encode())
-        if content is not None:
-            secret.hand_over(run_dir, content)
+        if self._spec.secret is None and self._spec.nnodes == 1:
+            return secret.fresh().encode()
+        return self._spec.secret
 
     def _announce(self) -> None:
         threads = threads_line(self._spec.nproc, self._environ)
@@ -99,21 +104,27 @@ class Agent:
             self._log_dir = make_log_dir(self._spec.log_dir, self._spec.run_id)
             self._streams.say(f"dtrun: logs are in {self._log_dir}\n")
 
-    def _attempt(self, number: int, addr: str, port: int) -> list[errors.Failure]:
-        name = f"attempt_{number}"
-        attempt = Attempt(
+    def _numbered(self, number: int, restarts: int, addr: str, port: int) -> Attempt:
+        return Attempt(
             number=number,
             master_addr=addr,
             master_port=port,
             run_dir=os.path.join(self._run_dir, str(number)),
-            error_dir=os.path.join(self._log_dir, name),
+            error_dir=os.path.join(self._log_dir, f"attempt_{number}"),
+            restarts=restarts,
         )
+
+    def _attempt(self, spec: Spec, attempt: Attempt) -> list[errors.Failure]:
+        """Run all workers of this node once; those that did not succeed."""
         os.mkdir(attempt.run_dir, 0o700)
-        self._hand_over_secret(attempt.run_dir)
-        group = Group(self._spec, attempt, self._streams, self._environ)
-        failures = group.run(self._selector, self._signals)
-        self._received = group.supervisor.received
+        content = self._secret()
+        if content is not None:
+            secret.hand_over(attempt.run_dir, secret.Secret(content))
+        self._streams.spec = spec
+        self._group = Group(spec, attempt, self._streams, self._environ, self._spared)
+        failures = self._group.run(self._selector, self._signals)
+        self._received = self._group.supervisor.received
         if failures and self._received is None:
-            kept = "" if self._spec.log_dir is None else attempt.error_dir
+            kept = "" if spec.log_dir is None else attempt.error_dir
             self._last_calls = debug.ask(attempt.run_dir, "--report", kept)
         return failures

@@ -15,8 +15,9 @@ from typing import NoReturn
 
 from dtrun import debug, keeper, options, output, secret
 from dtrun.agent import Agent
+from dtrun.cluster import ClusterAgent
 from dtrun.keeper import CANNOT_START
-from dtrun.rendezvous import make_run_dir, remove_run_dir
+from dtrun.rendezvous import claim, make_run_dir, remove_leftovers, remove_run_dir
 from dtrun.spec import Spec
 
 # torchrun has these too.
@@ -68,9 +69,9 @@ def make_parser() -> Parser:
     add = parser.flag
     add("--nproc-per-node", default="1", metavar="N", help="ranks: a number, or auto/cpu: cores")
     add("--standalone", action="store_true", help="one node, a free port: overrides --rdzv-*")
-    add("--nnodes", default="1", metavar="N", help="nodes, each started with its --node-rank")
-    add("--node-rank", type=int, default=0, metavar="I", help="this node, from 0")
-    add("--master-addr", default="127.0.0.1", metavar="HOST", help="where rank 0 runs")
+    add("--nnodes", default="1", metavar="N", help="nodes, or MIN:MAX, which may come and go")
+    add("--node-rank", type=int, default=0, metavar="I", help="this node, from 0 (static)")
+    add("--master-addr", default="127.0.0.1", metavar="HOST", help="where node 0 is")
     add("--master-port", default="0", metavar="PORT", help="default: a free one")
     add("--max-restarts", type=int, default=0, metavar="N", help="of the whole group")
     add("--module", "-m", action="store_true", help="run the script as python -m does")
@@ -83,10 +84,10 @@ def make_parser() -> Parser:
     add("--local-ranks-filter", default="", metavar="I,J", help="show only these on the console")
     add("--log-line-prefix-template", metavar="T", help="with ${role_name} ${local_rank} ${rank}")
     add("--monitor-interval", type=float, default=0.1, help="no effect: deaths are seen at once")
-    add("--rdzv-backend", default="static", help="static; c10d on one node means --standalone")
-    add("--rdzv-endpoint", default="", metavar="HOST[:PORT]", help="as --master-addr and -port")
+    add("--rdzv-backend", default="static", help="static: --node-rank; c10d: places are given out")
+    add("--rdzv-endpoint", default="", metavar="HOST[:PORT]", help="where nodes meet: the head")
     add("--rdzv-id", default=options.NO_RUN_ID, help="the run id; one node alone makes one up")
-    add("--rdzv-conf", default="", help="not supported yet")
+    add("--rdzv-conf", default="", metavar="K=V,...", help="times of the meeting, see the manual")
     add("--local-addr", default="", metavar="HOST", help="this node, as the others reach it")
     file = os.environ.get("DTRAIN_SECRET_FILE", "")
     add("--secret-file", default=file, metavar="PATH", help="of several nodes: see dtrun keygen")
@@ -123,12 +124,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     spec = parse(argv)
     try:
         run_dir = make_run_dir(os.environ)
+        claim(run_dir)
+        remove_leftovers(os.path.dirname(run_dir))
         debug.write_run_id(run_dir, spec.run_id)
     except OSError as error:
         print(f"dtrun: error: cannot make a run directory: {error}", file=sys.stderr)
         return CANNOT_START
+    kind = Agent if spec.terms is None else ClusterAgent
     return keeper.keep(
-        lambda signals: Agent(spec, run_dir, os.environ, signals).run(),
+        lambda signals: kind(spec, run_dir, os.environ, signals).run(),
         lambda: remove_run_dir(run_dir),
     )
 

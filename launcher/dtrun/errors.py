@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import signal
 import time
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from dtrun.spec import BOOTSTRAP
 
@@ -31,6 +32,7 @@ class Failure(NamedTuple):
     lost_peer: bool = False
     stopped_by: int | None = None  # the signal dtrun had sent it
     error_file: str = "<N/A>"
+    host: str = ""
 
     @property
     def consequence(self) -> bool:
@@ -72,6 +74,11 @@ def read_recorded(path: str, fault_path: str, exitcode: int) -> Recorded:
         return Recorded(traceback=text)  # written by the program itself, in a form of its own
 
 
+def from_fields(fields: Mapping[str, Any]) -> Failure:
+    """A failure that another node has sent."""
+    return Failure(**{name: fields[name] for name in Failure._fields})
+
+
 def root_cause(failures: list[Failure]) -> Failure:
     """The failure to show first: the earliest that no other worker explains."""
     return min(failures, key=lambda failure: (failure.consequence, failure.time))
@@ -95,7 +102,7 @@ def report(name: str, failures: list[Failure], hostname: str, last_calls: str = 
         THIN_RULE,
         "Root Cause (first observed failure):",
         f"  time      : {when}",
-        f"  host      : {hostname}",
+        f"  host      : {first.host or hostname}",
         f"  rank      : {first.rank} (local_rank: {first.local_rank})",
         f"  exitcode  : {first.exitcode} (pid: {first.pid})",
         f"  error_file: {first.error_file}",
@@ -105,7 +112,7 @@ def report(name: str, failures: list[Failure], hostname: str, last_calls: str = 
         lines.append(first.traceback.rstrip("\n"))
     others = sorted(failure for failure in failures if failure is not first)
     if others:
-        lines += [THIN_RULE, "Other Failures:", *map(_line, others)]
+        lines += [THIN_RULE, "Other Failures:", *(f"  {line(one)}" for one in others)]
     if last_calls:
         lines += [THIN_RULE, "Last Calls:", last_calls.rstrip("\n")]
     return "\n".join([*lines, RULE, ""])
@@ -127,8 +134,9 @@ def _first_line(failure: Failure) -> str:
     return f"Signal {-failure.exitcode} ({name}) received by PID {failure.pid}{hint}"
 
 
-def _line(failure: Failure) -> str:
-    who = f"  rank {failure.rank} (local_rank: {failure.local_rank}, pid: {failure.pid})"
+def line(failure: Failure) -> str:
+    """One failure in a line."""
+    who = f"rank {failure.rank} (local_rank: {failure.local_rank}, pid: {failure.pid})"
     if failure.stopped_by is not None and not failure.message:
         return f"{who}: stopped by dtrun ({signal_name(failure.stopped_by)})"
     code = failure.exitcode

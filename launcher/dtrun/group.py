@@ -11,7 +11,7 @@ import selectors
 import signal
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from dtrun import debug, process
 from dtrun.errors import Failure, read_recorded
@@ -52,13 +52,22 @@ class Signals:
 
 
 class Group:
-    """The workers of one attempt, by local rank."""
+    """The workers of one attempt, by local rank.
+
+    A descriptor that is registered with a function as its data is that function's to deal with.
+    """
 
     def __init__(
-        self, spec: Spec, attempt: Attempt, streams: Streams, environ: Mapping[str, str]
+        self,
+        spec: Spec,
+        attempt: Attempt,
+        streams: Streams,
+        environ: Mapping[str, str],
+        spared: Collection[int] = (),
     ) -> None:
         self.supervisor = Supervisor(range(spec.nproc))
-        self._spec = spec
+        self.spared = spared  # children of this process that are no workers
+        self.spec = spec
         self._attempt = attempt
         self._streams = streams
         self._environ = environ
@@ -72,7 +81,7 @@ class Group:
         Raises OSError when a worker cannot be started; those started before it are killed then.
         """
         try:
-            for local_rank in range(self._spec.nproc):
+            for local_rank in range(self.spec.nproc):
                 self._start(local_rank)
         except OSError:
             for worker in self._workers:
@@ -91,8 +100,8 @@ class Group:
         )
         try:
             worker = process.spawn(
-                command(self._spec, local_rank, self._environ),
-                environment(self._spec, self._attempt, local_rank, self._environ),
+                command(self.spec, local_rank, self._environ),
+                environment(self.spec, self._attempt, local_rank, self._environ),
                 # One reader can make sense of a shared stdin, several cannot.
                 None if local_rank == 0 else subprocess.DEVNULL,
                 stdout,
@@ -110,11 +119,17 @@ class Group:
         for key, _ in selector.select(self._timeout()):
             if key.fd == signals.fd:
                 self._on_signals(signals.read())
+            elif key.data is not None:
+                key.data()
             else:
                 self._streams.ready(key.fd)
         now = time.monotonic()
         self._streams.show_tails(now)
         self._send(self.supervisor.tick(now))
+
+    def stop(self, *, grace: bool) -> None:
+        """End all workers, because of what happened on another node."""
+        self._send(self.supervisor.stop(time.monotonic(), grace=grace))
 
     def _timeout(self) -> float | None:
         due = [d for d in (self.supervisor.deadline, self._streams.deadline) if d is not None]
@@ -137,7 +152,7 @@ class Group:
 
     def _tell_end(self, local_rank: int, code: int) -> None:
         """Write down how a worker ended, for those who miss it; the file appears complete."""
-        path = exit_file(self._attempt, self._spec.rank(local_rank))
+        path = exit_file(self._attempt, self.spec.rank(local_rank))
         try:
             with open(f"{path}.partial", "w", encoding="utf-8") as file:
                 file.write(f'{{"pid": {self._workers[local_rank].pid}, "code": {code}}}')
@@ -152,7 +167,7 @@ class Group:
                 process.signal_group(self._workers[local_rank], signum)
 
     def _sweep(self) -> None:
-        left = process.sweep()
+        left = process.sweep(self.spared)
         if left:
             self._streams.say(f"dtrun: ended {left} process(es) that the workers left behind\n")
 
@@ -162,9 +177,9 @@ class Group:
         recorded = read_recorded(path, fault_file(self._attempt, local_rank), worker.returncode)
         if recorded.thread is None:
             self._log_traceback(local_rank, recorded.traceback)
-        kept = self._spec.log_dir is not None and os.path.exists(path)
+        kept = self.spec.log_dir is not None and os.path.exists(path)
         return Failure(
-            rank=self._spec.rank(local_rank),
+            rank=self.spec.rank(local_rank),
             local_rank=local_rank,
             pid=worker.pid,
             exitcode=worker.returncode,
@@ -174,6 +189,7 @@ class Group:
             lost_peer=recorded.lost_peer,
             stopped_by=self._stopped_by.get(local_rank),
             error_file=path if kept else "<N/A>",
+            host=os.uname().nodename,
         )
 
     def _log_traceback(self, local_rank: int, text: str) -> None:
@@ -198,5 +214,5 @@ def flush(
             if key.fd == signals.fd:
                 if signals.read():
                     return
-            else:
+            elif key.data is None:
                 streams.ready(key.fd)

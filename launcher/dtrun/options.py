@@ -10,10 +10,11 @@ import argparse
 import os
 import socket
 
-from dtrun import secret
+from dtrun import meeting, secret
 from dtrun.spec import MODULE, PROGRAM, SCRIPT, Spec, cores
 
-DEFAULT_PORT = 29500  # torchrun's, for several nodes; on one node a free port is reserved
+# torchrun's, for several nodes; on one node a free port is reserved.
+DEFAULT_PORT, MEETING_PORT = 29500, 29400
 NO_RUN_ID = "none"  # torchrun's default
 DEFAULT_PREFIX = "[rank${rank}]: "
 TEMPORARY_LOGS = "dtrun_logs"
@@ -22,10 +23,13 @@ TEMPORARY_LOGS = "dtrun_logs"
 def spec_from(given: argparse.Namespace) -> Spec:
     """The launch that the parsed flags ask for."""
     nproc = ranks_per_node(given.nproc_per_node)
-    nnodes = nodes(given.nnodes)
-    addr, port = endpoint(given, nnodes)
+    least, nnodes = meeting.nodes(given.nnodes)
+    addr, port = endpoint(given, least, nnodes)
     if not 0 <= given.node_rank < nnodes:
         raise ValueError(f"--node-rank must be in 0..{nnodes - 1}, got {given.node_rank}")
+    restarts = at_least_0("--max-restarts", given.max_restarts)
+    conf, static = meeting.conf(given.rdzv_conf), least == nnodes and given.rdzv_backend == "static"
+    meets = nnodes > 1 and (restarts > 0 or not static)
     redirects = streams("--redirects", given.redirects, nproc)
     tee = streams("--tee", given.tee, nproc)
     kind = kind_of(given)
@@ -40,7 +44,7 @@ def spec_from(given: argparse.Namespace) -> Spec:
         master_port=port,
         run_id=run_id(given, nnodes),
         role=given.role,
-        max_restarts=restarts(given.max_restarts, nnodes),
+        max_restarts=restarts,
         log_dir=log_dir(given.log_dir, any(redirects + tee)),
         redirects=redirects,
         tee=tee,
@@ -49,6 +53,8 @@ def spec_from(given: argparse.Namespace) -> Spec:
         secret=secret.read(given.secret_file) if given.secret_file else None,
         local_addr=given.local_addr,
         data_plane=data_plane(given.data_plane),
+        terms=meeting.terms(conf, least, nnodes, restarts, static=static) if meets else None,
+        is_head=meeting.is_host(conf, given.node_rank, static=static),
     )
 
 
@@ -61,16 +67,6 @@ def ranks_per_node(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"--nproc-per-node must be a number from 1, auto or cpu, got {text!r}")
     return int(text)
-
-
-def nodes(text: str) -> int:
-    """N or N:N."""
-    least, _, most = text.partition(":")
-    if not all(part.isdecimal() and int(part) >= 1 for part in (least, most or least)):
-        raise ValueError(f"--nnodes must be a number from 1, got {text!r}")
-    if most not in ("", least):
-        raise ValueError(f"--nnodes {text}: a changing number of nodes is not supported yet")
-    return int(least)
 
 
 def run_id(given: argparse.Namespace, nnodes: int) -> str:
@@ -87,35 +83,34 @@ def data_plane(text: str) -> str:
     return text
 
 
-def restarts(count: int, nnodes: int) -> int:
-    """How often the group may be started again."""
+def at_least_0(flag: str, count: int) -> int:
+    """A count."""
     if count < 0:
-        raise ValueError(f"--max-restarts must be at least 0, got {count}")
-    if count and nnodes > 1:
-        raise ValueError("--max-restarts with several nodes is not supported yet")
+        raise ValueError(f"{flag} must be at least 0, got {count}")
     return count
 
 
-def endpoint(given: argparse.Namespace, nnodes: int) -> tuple[str, int]:
-    """Address and port of rank 0; port 0 asks for a free one, which needs a single node."""
-    if given.rdzv_conf:
-        raise ValueError(f"--rdzv-conf {given.rdzv_conf} is not supported yet")
+def endpoint(given: argparse.Namespace, least: int, nnodes: int) -> tuple[str, int]:
+    """Where nodes meet, or rank 0 is; port 0 asks for a free one, which needs a single node."""
     if given.standalone:
         if nnodes > 1:
-            raise ValueError(f"--standalone is for one node, got --nnodes {nnodes}")
+            raise ValueError(f"--standalone is for one node, got --nnodes {given.nnodes}")
         return given.master_addr, _port("--master-port", given.master_port)
-    # On one node the store of c10d is no different from a static one.
-    if given.rdzv_backend != "static" and (given.rdzv_backend != "c10d" or nnodes > 1):
-        raise ValueError(f"--rdzv-backend {given.rdzv_backend} is not supported yet: use static")
+    backend = given.rdzv_backend
+    if backend not in ("static", "c10d"):
+        raise ValueError(f"--rdzv-backend {backend} is not supported: use static or c10d")
     addr, port = given.master_addr, _port("--master-port", given.master_port)
     if given.rdzv_endpoint:
         addr, colon, text = given.rdzv_endpoint.rpartition(":")
         addr, text = (addr, text) if colon else (text, "0")
         port = _port("--rdzv-endpoint", text)
+    elif nnodes > 1 and (backend == "c10d" or least < nnodes):
+        raise ValueError(f"--nnodes {given.nnodes}: nodes need --rdzv-endpoint HOST[:PORT] to meet")
     addr = addr.strip("[]")
     if nnodes > 1:
         check_reachable(addr)
-    return addr, port or (DEFAULT_PORT if nnodes > 1 else 0)
+    default = DEFAULT_PORT if backend == "static" else MEETING_PORT
+    return addr, port or (default if nnodes > 1 else 0)
 
 
 def check_reachable(name: str) -> None:

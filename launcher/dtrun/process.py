@@ -13,7 +13,7 @@ import ctypes
 import os
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 # What `sweep` sends, and how long it waits for all to end.
@@ -63,8 +63,8 @@ def signal_group(worker: subprocess.Popen[bytes], signum: int) -> None:
         os.killpg(worker.pid, signum)
 
 
-def sweep() -> int:
-    """End and reap every child still there, and what falls to us when it ends.
+def sweep(spared: Collection[int] = ()) -> int:
+    """End and reap every child still there but `spared`, and what falls to us when it ends.
 
     Some are about to end by themselves, like multiprocessing's resource tracker, which removes
     shared memory first. The others get SIGTERM, then SIGKILL; their number is returned. Blocks for
@@ -77,7 +77,7 @@ def sweep() -> int:
     me, ended = psutil.Process(), set()
     for signum, seconds in SWEEP:
         # Ending a parent hands us its children: go on until there are none.
-        while left := me.children():
+        while left := [child for child in me.children() if child.pid not in spared]:
             for child in left if signum is not None else ():
                 ended.add(child.pid)
                 with contextlib.suppress(psutil.NoSuchProcess):

@@ -4,14 +4,17 @@ The port is bound here and never listened on. Linux lets a second socket with SO
 port whose holder does not listen, so rank 0 (any store that sets SO_REUSEADDR, ZeroMQ's and
 PyTorch's included) binds MASTER_PORT as if it were free, while the kernel gives the port to nobody
 who asks for "a free one", neither by bind(0) nor by connect(). Nothing is probed and let go: no
-race. The directory has mode 0700 and is empty at the start of each attempt.
+race. The directory has mode 0700 and is empty at the start of each attempt; one that is left over,
+because a whole run was killed at once, goes when the next run starts.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 from collections.abc import Mapping
+from pathlib import Path
 
 # A unix socket's path holds 107 bytes; leave some for the names below the run directory.
 LONGEST_BASE = 60
@@ -32,6 +35,11 @@ def reserve_port(host: str, port: int = 0) -> socket.socket:
     return holder
 
 
+def end_of(host: str, port: int) -> str:
+    """Host and port as one text, with brackets around an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def make_run_dir(environ: Mapping[str, str]) -> str:
     """A new directory only its owner can enter, under XDG_RUNTIME_DIR, TMPDIR or /tmp."""
     wished = [environ[name] for name in ("XDG_RUNTIME_DIR", "TMPDIR") if environ.get(name)]
@@ -39,6 +47,34 @@ def make_run_dir(environ: Mapping[str, str]) -> str:
     path = os.path.join([*fitting, "/tmp"][0], f"dtrun-{os.urandom(6).hex()}")
     os.mkdir(path, 0o700)
     return path
+
+
+def claim(run_dir: str) -> None:
+    """Mark a directory as used for as long as this process, or one it forks, is alive.
+
+    The lock goes with the last of them, however it ends. It is taken before anything is in there.
+    """
+    descriptor = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+
+
+def remove_leftovers(base: str) -> None:
+    """Remove the directories of runs whose every process was killed at once."""
+    for path in Path(base).glob("dtrun-*/*"):
+        folder = path.parent
+        try:
+            if folder.stat().st_uid != os.geteuid():
+                continue
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError:  # another one was quicker
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove_run_dir(str(folder))
+        except BlockingIOError:
+            pass  # somebody lives there
+        finally:
+            os.close(descriptor)
 
 
 def _fits(base: str) -> bool:

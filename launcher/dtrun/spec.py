@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from dtrun.membership import Terms
 from dtrun.secret import Secret
 
 STDOUT, STDERR = 1, 2  # bits of a redirection, as in torchrun's -r and -t
@@ -42,15 +43,20 @@ class Spec(NamedTuple):
     secret: Secret | None = None  # content of --secret-file
     local_addr: str = ""  # of this node, for ranks on others; "": the one that reaches rank 0
     data_plane: str = "curve"
+    terms: Terms | None = None  # of nodes that meet; None: a node knows its place without
+    is_head: bool | None = None  # of the meeting; None: if its address is this node's
+    first_rank: int | None = None  # of this node, where nodes have different numbers of ranks
+    ranks: int | None = None  # on all nodes
 
     @property
     def world_size(self) -> int:
-        """Ranks on all nodes; every node has the same number."""
-        return self.nnodes * self.nproc
+        """Ranks on all nodes."""
+        return self.nnodes * self.nproc if self.ranks is None else self.ranks
 
     def rank(self, local_rank: int) -> int:
         """The global rank: nodes in the order of their node rank."""
-        return self.node_rank * self.nproc + local_rank
+        first = self.node_rank * self.nproc if self.first_rank is None else self.first_rank
+        return first + local_rank
 
 
 class Attempt(NamedTuple):
@@ -61,6 +67,7 @@ class Attempt(NamedTuple):
     master_port: int
     run_dir: str
     error_dir: str
+    restarts: int = 0  # failures so far; a change of nodes is another attempt, but no failure
 
 
 def error_file(attempt: Attempt, local_rank: int) -> str:
@@ -94,7 +101,7 @@ def environment(
         "ROLE_WORLD_SIZE": spec.world_size,
         "MASTER_ADDR": attempt.master_addr,
         "MASTER_PORT": attempt.master_port,
-        "TORCHELASTIC_RESTART_COUNT": attempt.number,
+        "TORCHELASTIC_RESTART_COUNT": attempt.restarts,
         "TORCHELASTIC_MAX_RESTARTS": spec.max_restarts,
         "TORCHELASTIC_RUN_ID": spec.run_id,
         # Rank 0 hosts the store: the launcher only keeps its port free.

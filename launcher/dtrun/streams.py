@@ -23,7 +23,7 @@ class Streams:
     """The pipes of one worker group and the two consoles they end in."""
 
     def __init__(self, spec: Spec, selector: selectors.BaseSelector, hostname: str) -> None:
-        self._spec = spec
+        self.spec = spec  # changes when the number of this node does
         self._selector = selector
         self._hostname = hostname
         self._consoles = {STDOUT: Console(1), STDERR: Console(2)}
@@ -39,7 +39,7 @@ class Streams:
 
     def open(self, local_rank: int, bit: int, log_dir: str) -> int | None:
         """What the worker gets as its stdout or stderr, for Popen; the caller closes a real one."""
-        spec = self._spec
+        spec = self.spec
         logged = (spec.redirects[local_rank] | spec.tee[local_rank]) & bit
         redirected = logged and not spec.tee[local_rank] & bit
         shown = not redirected and (spec.shown is None or local_rank in spec.shown)

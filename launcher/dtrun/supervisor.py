@@ -4,6 +4,7 @@ It decides and never acts: no clock, no process, no signal is touched here. Each
 signal that every living worker must now be sent, or None; `deadline` says when to call `tick`.
 
     RUNNING --a worker fails--> GRACE --time--> STOPPING --time--> KILLED
+       +-- another node's news ---+-----------------+         |
        |                          |                 ^         |
        +----- dtrun is signalled -+-----------------+         +-- signalled again --> KILLED
 
@@ -45,6 +46,16 @@ class Supervisor:
             return None
         self._enter(STOPPING, now + STOP_SECONDS)
         return signum
+
+    def stop(self, now: float, *, grace: bool) -> int | None:
+        """End the group because of what happened on another node; with `grace`, as a failure."""
+        if self.state != RUNNING:
+            return None
+        if grace:
+            self._enter(GRACE, now + GRACE_SECONDS)
+            return None
+        self._enter(STOPPING, now + STOP_SECONDS)
+        return signal.SIGTERM
 
     def tick(self, now: float) -> int | None:
         """Time has passed: the next, harder step once the deadline is over."""

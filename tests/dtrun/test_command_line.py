@@ -8,6 +8,7 @@ import pytest
 
 from dtrun import options
 from dtrun.cli import NOT_YET, make_parser, parse
+from dtrun.membership import Terms
 from dtrun.spec import MODULE, PROGRAM, SCRIPT, cores
 
 
@@ -87,8 +88,23 @@ def test_a_name_that_only_this_node_understands_is_refused(name, monkeypatch, ca
         assert parse([*flags, name, "train.py"]).master_addr == name
 
 
-def test_several_nodes_meet_at_torchs_port():
+def test_several_nodes_meet_at_torchs_ports():
     assert parse(["--nnodes", "2:2", "train.py"]).master_port == 29500
+    c10d = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1"]
+    assert parse(["--nnodes", "2", *c10d, "train.py"]).master_port == 29400
+
+
+def test_nodes_meet_only_where_there_is_something_to_decide():
+    assert parse(["train.py"]).terms is None
+    assert parse(["--nnodes", "2", "train.py"]).terms is None
+    fixed = parse(["--nnodes", "2", "--max-restarts", "3", "--node-rank", "1", "train.py"])
+    assert (fixed.terms[:4], fixed.is_head) == ((2, 2, 3, True), False)
+    meeting = ["--rdzv-endpoint", "127.0.0.1", "--rdzv-conf"]
+    given = "timeout=9, last_call_timeout=2,keep_alive_interval=0.5,keep_alive_max_attempt=4"
+    free = parse(["--nnodes", "2:4", *meeting, given, "train.py"])
+    assert (free.terms, free.is_head) == (Terms(2, 4, 0, False, 9.0, 2.0, 0.5, 2.0), None)
+    host = parse(["--nnodes", "2:4", *meeting, "is_host=true", "train.py"])
+    assert host.is_head is True
 
 
 @pytest.mark.parametrize("flags", [[], ["--standalone"], ["--standalone", "--rdzv-id", "job"]])
@@ -166,14 +182,18 @@ def test_a_default_for_a_flag_that_is_not_there_yet_is_refused(monkeypatch, caps
         ("--zzz train.py", "unknown flag --zzz; see dtrun --help"),
         ("--max-restarts -1 train.py", "--max-restarts must be at least 0, got -1"),
         ("--max-restarts x train.py", "invalid int value: 'x'"),
-        ("--max-restarts 1 --nnodes 2 train.py", "--max-restarts with several nodes"),
-        ("--nnodes 0 train.py", "--nnodes must be a number from 1, got '0'"),
-        ("--nnodes 1:4 train.py", "a changing number of nodes is not supported yet"),
+        ("--nnodes 0 train.py", "--nnodes must be a number from 1, or MIN:MAX, got '0'"),
+        ("--nnodes 1: train.py", "or MIN:MAX, got '1:'"),
+        ("--nnodes 4:2 train.py", "at least 4 and at most 2 nodes is no range"),
+        ("--nnodes 1:4 train.py", "nodes need --rdzv-endpoint HOST[:PORT] to meet"),
         ("--nnodes 2 --node-rank 2 train.py", "--node-rank must be in 0..1, got 2"),
         ("--standalone --nnodes 2 train.py", "--standalone is for one node"),
-        ("--rdzv-backend etcd train.py", "--rdzv-backend etcd is not supported yet"),
-        ("--rdzv-backend c10d --nnodes 2 train.py", "--rdzv-backend c10d is not supported yet"),
-        ("--rdzv-conf timeout=3 train.py", "--rdzv-conf timeout=3 is not supported yet"),
+        ("--rdzv-backend etcd train.py", "--rdzv-backend etcd is not supported"),
+        ("--rdzv-backend c10d --nnodes 2 train.py", "nodes need --rdzv-endpoint"),
+        ("--rdzv-conf timeout train.py", "expected name=value,name=value, got 'timeout'"),
+        ("--rdzv-conf colour=3 train.py", "--rdzv-conf: colour is not known, expected one of join"),
+        ("--rdzv-conf timeout=0 --nnodes 1:2 --rdzv-endpoint h train.py", "a number above 0"),
+        ("--rdzv-conf is_host=x --nnodes 1:2 --rdzv-endpoint h train.py", "true or false"),
         ("--rdzv-endpoint host:x train.py", "--rdzv-endpoint: a port is a number"),
         ("--master-port 65536 train.py", "--master-port: a port is a number in 0..65535"),
         ("-r 4 train.py", "--redirects must be 0, 1, 2 or 3, or like 0:1,1:3, got '4'"),

@@ -14,7 +14,12 @@ from dtrun.rendezvous import LONGEST_BASE, make_run_dir, remove_run_dir, reserve
 from dtrun.spec import MODULE, PROGRAM, Attempt, Spec
 
 ATTEMPT = Attempt(
-    number=2, master_addr="127.0.0.1", master_port=4711, run_dir="/r/2", error_dir="/e"
+    number=5,
+    master_addr="127.0.0.1",
+    master_port=4711,
+    run_dir="/r/2",
+    error_dir="/e",
+    restarts=2,
 )
 TWO_NODES = Spec(
     "t.py", nproc=2, nnodes=2, node_rank=1, role="trainer", run_id="id", max_restarts=3
