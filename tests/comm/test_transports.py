@@ -32,6 +32,7 @@ from dtrain.testing.world import run_ranks, run_world
 TRANSPORTS = {
     "local": "local",
     "shm": "shm",
+    "unix": "unix",
     "zmq": "zmq",
     "tcp": "tcp",
 }
@@ -67,7 +68,7 @@ def _moves(transport):
 
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(
-        ValueError, match=re.escape("unknown transport 'smh' (known: local, shm, tcp, zmq)")
+        ValueError, match=re.escape("unknown transport 'smh' (known: local, shm, tcp, unix, zmq)")
     ):
         ProcessGroup(MemoryStore(), 0, 1, transport="smh")
 
@@ -75,7 +76,7 @@ def test_an_unknown_name_lists_the_known_ones():
 def test_a_registered_transport_is_found_by_name(monkeypatch):
     monkeypatch.setattr(base, "_factories", dict(base._factories))
     base.register("mine", LocalTransport)
-    assert base.known() == ["local", "mine", "shm", "tcp", "zmq"]
+    assert base.known() == ["local", "mine", "shm", "tcp", "unix", "zmq"]
     run_world(2, lambda group: group.submit(Barrier()), transport="mine")
 
 

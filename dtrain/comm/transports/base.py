@@ -22,7 +22,7 @@ from dtrain.comm.store.base import Store
 from dtrain.comm.topology import host_id
 from dtrain.comm.transports.island import Island
 from dtrain.comm.transports.mailbox import ANY_SOURCE, Accept, Array, Mailbox, Receive
-from dtrain.comm.transports.window import Window
+from dtrain.comm.transports.window import NOWHERE, Window
 from dtrain.errors import DistError, ForkedProcessError, PeerLost, TransportTimeout
 from dtrain.wire import dumps, loads
 
@@ -130,6 +130,21 @@ class Transport(ABC):
     def borrow(self, rank: int, place: int, nbytes: int) -> Array:
         """The bytes at `place` of the neighbour `rank`, lent just now."""
         raise NotImplementedError(f"the {self.name} transport has no memory to share")
+
+    # ---- arrays handed to one rank
+
+    def hand(self, dst: int, array: Array) -> int:
+        """Copy the C-contiguous `array` to where rank `dst` can `take` it from; the place, or
+        `NOWHERE`: send it, there is no memory to share with that rank.
+        """
+        return NOWHERE
+
+    def take(self, src: int, place: int, nbytes: int) -> Array:
+        """The bytes that `src` has handed over at `place`, to be taken once; ValueError for none.
+
+        They are this rank's until the last view is gone.
+        """
+        raise ValueError(f"the {self.name} transport has no memory to share")
 
     # ---- what each medium brings
 
@@ -314,6 +329,7 @@ _factories: dict[str, Factory | str] = {
     "local": "dtrain.comm.transports.local:LocalTransport",
     "shm": "dtrain.comm.transports.shm:ShmTransport",
     "tcp": "dtrain.comm.transports.zmq:TcpTransport",
+    "unix": "dtrain.comm.transports.unix:UnixTransport",
     "zmq": "dtrain.comm.transports.zmq:ZmqTransport",
 }
 

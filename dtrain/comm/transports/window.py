@@ -33,7 +33,7 @@ from dtrain.comm.transports import futex
 from dtrain.comm.transports.heap import ALIGNMENT, Heap
 from dtrain.comm.transports.mailbox import Array
 
-__all__ = ["HALF", "NOWHERE", "Segment", "Window"]
+__all__ = ["HALF", "NOWHERE", "Segment", "Window", "map_file"]
 
 # Bytes of one half of the staging room. Measured: 1 MiB copies 64 MiB in half the time of 512 KiB,
 # whose phases are too many; of 2 MiB, what one rank writes has left the other's cache.
@@ -99,7 +99,7 @@ class Window:
         self.rank, self.size = rank, len(descriptors)
         self.phase = 0
         self._segment = segment
-        maps = self._maps = [_map(descriptor) for descriptor in descriptors]
+        maps = self._maps = [map_file(descriptor) for descriptor in descriptors]
         self._own_map = maps[rank]
         self._bytes = [np.frombuffer(m, np.uint8) for m in maps]
         self._control = [m[:_PAGE].cast("q") for m in maps]
@@ -343,7 +343,7 @@ class Window:
             os.close(descriptor)
 
 
-def _map(descriptor: int) -> memoryview:
+def map_file(descriptor: int) -> memoryview:
     """The whole file; no memory is set aside for it.
 
     It is unmapped when nothing refers to it any more, views of it included. (`mmap.mmap` would hold

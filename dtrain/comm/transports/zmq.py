@@ -19,7 +19,6 @@ import contextlib
 import hashlib
 import logging
 import math
-import os
 import threading
 import time
 from collections import deque
@@ -32,9 +31,10 @@ from dtrain.comm import security
 from dtrain.comm.security.addresses import endpoint
 from dtrain.comm.store.base import Store
 from dtrain.comm.topology import host_id
-from dtrain.comm.transports.base import Peer, Transport, rendezvous, seconds_left
+from dtrain.comm.transports.base import Peer, rendezvous, seconds_left
 from dtrain.comm.transports.mailbox import ANY_SOURCE, Array, as_bytes
 from dtrain.comm.transports.network import Network, own_address
+from dtrain.comm.transports.pumped import PumpedTransport
 from dtrain.errors import PeerLost, TransportTimeout
 from dtrain.processes import ENDED, STOPPED, state_of
 from dtrain.wire import CHUNK, Header, WireError, pack, unpack
@@ -79,7 +79,7 @@ class _Unreachable(Exception):
     """The connection to this peer has broken; whether it died is not known yet."""
 
 
-class ZmqTransport(Transport):
+class ZmqTransport(PumpedTransport):
     """One rank's end of a group over ZeroMQ.
 
     `where` is "ipc" (the default: unix sockets among ranks of one host, TCP between hosts), "tcp"
@@ -120,9 +120,6 @@ class ZmqTransport(Transport):
         self._connected: set[int] = set()
         self._out_lock = threading.Lock()  # guards the outbox and `_connected`
         self._in_flight: deque[tuple[int, zmq.MessageTracker]] = deque()  # (destination, tracker)
-        self._pumping = (
-            False  # whether a thread is inside the inbox; changes under the mailbox's lock
-        )
         self._suspects: dict[int, float] = {}  # {peer whose connection broke: when}
 
     def peer(self, rank: int) -> Peer | None:
@@ -245,25 +242,6 @@ class ZmqTransport(Transport):
                 for peer in missing:
                     self._connect(peer)
 
-    def _advance(self, version: int, deadline: float) -> None:
-        """One of the waiting threads looks into the inbox, the others wait for it to hand on that
-        duty.
-        """
-        box = self.mailbox
-        with box.lock:
-            if box.version != version:
-                return
-            if self._pumping:
-                box.changed.wait(seconds_left(deadline))
-                return
-            self._pumping = True
-        try:
-            self._pump(deadline)
-        finally:
-            with box.lock:
-                self._pumping = False
-                box.changed.notify_all()
-
     def _pump(self, deadline: float) -> None:
         """Wait for one message, or for a connection to break."""
         until = min(deadline, time.monotonic() + _SUSPECT_LOOK) if self._suspects else deadline
@@ -375,20 +353,6 @@ class ZmqTransport(Transport):
         for peer, loss in self.mailbox.lost.items():
             if not loss.orderly and self._peers[peer].host == host_id():
                 security.remove_leftover(self._peers[peer].address)
-
-    def abandon(self) -> None:
-        if self._leave():
-            self._destroy(linger=0.0)
-
-    def _leave(self) -> bool:
-        """Stop everything of this rank; False when there is nothing (more) to close here."""
-        if self.closed or os.getpid() != self._owner:
-            return False
-        self.closed = True
-        self.fail(PeerLost(self.rank, orderly=True))
-        with self.mailbox.lock:  # nobody else may be inside a socket that is closed
-            self.mailbox.changed.wait_for(lambda: not self._pumping, 1.0)
-        return True
 
     def _unwritten(self, said: dict[int, zmq.MessageTracker | None]) -> bool:
         """Whether a goodbye is on its way to a peer that is still there."""

@@ -144,7 +144,7 @@ class Agent:
         buffers = [as_buffer(body), *arrays] if beside else arrays
         envelope = [*head, given, None if beside else body]
         if to != self.rank:
-            self._line.send(to, envelope, buffers)
+            self._line.send(to, envelope, buffers, steady=head[0] != REPLY)
             return
         copies = [buffer.copy() for buffer in buffers]
         self._note_references(to, envelope)
@@ -169,7 +169,7 @@ class Agent:
     def _post(self, to: int, envelope: list[Any]) -> None:
         """Send a message of our own; whoever is gone needs it no more."""
         try:
-            self._line.send(to, envelope)
+            self._line.send(to, envelope, steady=True)
         except PeerLost:
             _log.debug("worker %s is gone: not told", self.names[to])
 
@@ -314,10 +314,7 @@ class Agent:
             self.served += 1
 
     def _packed(self, to: int, value: Any) -> Packed:
-        packed = pack(value, "result", code=self._accepts[to], reference=RRef)
-        if to != self.rank:  # what was returned may change before it has arrived
-            packed = packed._replace(arrays=[array.copy() for array in packed.arrays])
-        return packed
+        return pack(value, "result", code=self._accepts[to], reference=RRef)
 
     # ---- references
 

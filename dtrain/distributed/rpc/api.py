@@ -12,11 +12,13 @@ from __future__ import annotations
 import atexit
 import functools
 import logging
+import sys
 import time
 from typing import Any
 
 from dtrain.comm.store.base import Store
 from dtrain.comm.store.prefix import PrefixStore
+from dtrain.comm.topology import host_id
 from dtrain.comm.transports.base import create
 from dtrain.distributed.backend import transport_for
 from dtrain.distributed.rendezvous import rendezvous
@@ -67,13 +69,7 @@ def init_rpc(
     options = rpc_backend_options or RpcBackendOptions()
     store, rank, size, owned = _meet(options, rank, world_size)
     try:
-        kind = "local" if transport_for(None, store) == "local" else "zmq"
-        line = Line(create(kind, PrefixStore("rpc", store), rank, size, _MEETING), f"rpc io {name}")
-        try:
-            agent = _agent(line, store, name, rank, size, options, accept_code)
-        except BaseException:
-            line.close()
-            raise
+        agent = _agent(store, name, rank, size, options, accept_code)
     except BaseException:
         if owned:
             store.close()
@@ -100,23 +96,29 @@ def _meet(options: RpcBackendOptions, rank: int, size: int | None) -> tuple[Stor
 
 
 def _agent(
-    line: Line,
-    store: Store,
-    name: str,
-    rank: int,
-    size: int,
-    options: RpcBackendOptions,
-    code: bool,
+    store: Store, name: str, rank: int, size: int, options: RpcBackendOptions, code: bool
 ) -> Agent:
-    told = store.gather("rpc/names", rank, size, dumps([name, code]), _MEETING)
-    names, accepts = zip(*map(loads, told), strict=True)
+    mine = [name, code, host_id(), options.transport]
+    told = store.gather("rpc/names", rank, size, dumps(mine), _MEETING)
+    names, accepts, hosts, wishes = map(list, zip(*map(loads, told), strict=True))
     for worker in names:
         if names.count(worker) > 1:
             ranks = [r for r, other in enumerate(names) if other == worker]
             raise ValueError(f"RPC worker name {worker!r} is not unique: ranks {ranks} have it")
-    return Agent(
-        line, rank, list(names), list(accepts), options.num_worker_threads, options.rpc_timeout
-    )
+    kind = _transport(store, hosts, wishes)
+    line = Line(create(kind, PrefixStore("rpc", store), rank, size, _MEETING), f"rpc io {name}")
+    return Agent(line, rank, names, accepts, options.num_worker_threads, options.rpc_timeout)
+
+
+def _transport(store: Store, hosts: list[str], wishes: list[str | None]) -> str:
+    """What carries the messages; all workers decide alike, by what all have told."""
+    if len(set(wishes)) > 1:
+        raise ValueError(f"_transports must be the same on all workers, got {wishes}")
+    if wishes[0] is not None:
+        return wishes[0]
+    if transport_for(None, store) == "local":
+        return "local"
+    return "unix" if len(set(hosts)) == 1 and sys.platform == "linux" else "zmq"
 
 
 @functools.cache

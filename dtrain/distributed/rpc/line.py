@@ -20,6 +20,7 @@ import numpy as np
 
 from dtrain.comm.transports.base import Transport
 from dtrain.comm.transports.mailbox import Array, Receive
+from dtrain.comm.transports.window import NOWHERE
 from dtrain.distributed.rpc.shift import Shift
 from dtrain.errors import DistNetworkError, PeerLost, TransportTimeout
 from dtrain.wire import WireError, dumps, loads
@@ -28,7 +29,10 @@ __all__ = ["Line"]
 
 _log = logging.getLogger("dtrain.rpc")
 
-# How an envelope ends: [.., first tag of the buffers, their sizes in bytes].
+# Below, an array that goes through the kernel costs less than one in memory that both share.
+_HANDED = 32 * 1024
+
+# An envelope ends with [tag, bytes, place in shared memory] of each buffer.
 _Waiting = tuple[int, list[Any], list[Receive]]
 
 
@@ -56,41 +60,58 @@ class Line:
         """The workers that are gone, and how."""
         return self._transport.mailbox.lost
 
-    def send(self, to: int, envelope: Sequence[Any], buffers: Sequence[Array] = ()) -> None:
-        """Send to another worker. Large buffers must not change before they have arrived.
+    def send(
+        self, to: int, envelope: Sequence[Any], buffers: Sequence[Array] = (), *, steady: bool
+    ) -> None:
+        """Send to another worker. `steady`: buffers will not change before they have arrived.
 
         Raises `PeerLost` if it is known to be gone.
         """
-        first = next(self._tags)
-        tags = [first, *(next(self._tags) for _ in buffers[1:])]
-        places = [[tag, b.nbytes] for tag, b in zip(tags, buffers, strict=False)]
+        places, rest = [], []
+        for buffer in buffers:
+            place = self._transport.hand(to, buffer) if buffer.nbytes >= _HANDED else NOWHERE
+            tag = next(self._tags) if place == NOWHERE else 0
+            places.append([tag, buffer.nbytes, place])
+            if place == NOWHERE:
+                rest.append((tag, buffer if steady else buffer.copy()))
         self._transport.tell(to, dumps([*envelope, places]))
-        for (tag, _), buffer in zip(places, buffers, strict=True):
+        for tag, buffer in rest:
             self._transport.send(to, tag, buffer)
 
     def _take(self, sender: int, body: bytes) -> None:
         try:
             *envelope, places = loads(body)
             self.on_envelope(sender, envelope)
-            posted = [self._transport.post(sender, tag, size) for tag, size in places]
+            posted = [self._post(sender, *place) for place in places]
         except PeerLost:  # it died after the envelope
             return
         except (WireError, ValueError, TypeError) as error:
             self._transport.distrust(sender, error)
             return
-        if posted:
-            self._waiting.append((sender, envelope, posted))
+        if all(receive.done for receive in posted):
+            self._hand_on((sender, envelope, posted))
         else:
-            self.on_message(sender, envelope, [])
+            self._waiting.append((sender, envelope, posted))
+
+    def _post(self, sender: int, tag: int, nbytes: int, place: int) -> Receive:
+        if place == NOWHERE:
+            return self._transport.post(sender, tag, nbytes)
+        receive = Receive(sender, tag, nbytes, None)
+        receive.data = self._transport.take(sender, place, nbytes)
+        receive.finish()
+        return receive
+
+    def _hand_on(self, waited: _Waiting) -> None:
+        sender, envelope, posted = waited
+        if not any(receive.error for receive in posted):
+            self.on_message(sender, envelope, [receive.data for receive in posted])
 
     def _deliver(self) -> None:
         """Hand on what is complete."""
         for item in self._waiting[:]:
-            sender, envelope, posted = item
-            if all(receive.done for receive in posted):
+            if all(receive.done for receive in item[2]):
                 self._waiting.remove(item)
-                if not any(receive.error for receive in posted):
-                    self.on_message(sender, envelope, [receive.data for receive in posted])
+                self._hand_on(item)
 
     def _move(self, until: Callable[[], bool], deadline: float) -> None:
         def done() -> bool:

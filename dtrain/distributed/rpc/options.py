@@ -16,6 +16,7 @@ DEFAULT_RPC_TIMEOUT_SEC = 60.0
 DEFAULT_NUM_WORKER_THREADS = 16
 UNSET_RPC_TIMEOUT = -1.0
 NAME_LIMIT = 128
+TRANSPORTS = ("unix", "zmq", "tcp")
 
 
 class WorkerInfo(NamedTuple):
@@ -43,13 +44,16 @@ class RpcBackendOptions:
         self.rpc_timeout = float(rpc_timeout)
         self.init_method = init_method
         self.num_worker_threads = DEFAULT_NUM_WORKER_THREADS
+        self.transport: str | None = None
 
 
 class TensorPipeRpcBackendOptions(RpcBackendOptions):
     """Also `num_worker_threads`: how many calls run at a time (those that wait do not count).
 
-    `device_maps`, `devices` and what begins with an underscore are accepted and ignored: tensors
-    are in the memory of the host.
+    `_transports`: the first that is one of ours ("unix", "zmq", "tcp") carries the messages, the
+    same on all workers; by default unix sockets on one host and `zmq` where there are several.
+    `device_maps`, `devices` and `_channels` are accepted and ignored: tensors are in the memory of
+    the host.
     """
 
     def __init__(
@@ -67,6 +71,8 @@ class TensorPipeRpcBackendOptions(RpcBackendOptions):
         if num_worker_threads < 1:
             raise ValueError(f"num_worker_threads must be at least 1, got {num_worker_threads}")
         self.num_worker_threads = num_worker_threads
+        ours = [name for name in _transports or () if name in TRANSPORTS]
+        self.transport = ours[0] if ours else None
 
     def set_device_map(self, to: str, device_map: Mapping[Any, Any]) -> None:
         """Accepted and ignored."""

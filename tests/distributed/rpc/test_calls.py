@@ -22,18 +22,20 @@ from dtrain.testing.distributed import run_distributed
 from dtrain.testing.world import run_ranks
 
 
-def world(size, main, *args, transport="local", processes=False, threads=4, **options):
-    """`main(*args)` on worker 0; the others serve until all shut down."""
+def world(size, main, *args, over=None, threads=4, **options):
+    """`main(*args)` on worker 0; the others, threads too, serve until all shut down."""
 
     def rank_main():
-        return served(main, size, threads, options, *args)
+        return served(main, over, threads, options, *args)
 
-    return run_distributed(size, rank_main, transport=transport, processes=processes)[0]
+    return run_distributed(size, rank_main)[0]
 
 
-def served(main, size, threads, options, *args):
+def served(main, over, threads, options, *args):
     rank = torch.distributed.get_rank()
-    settings = rpc.TensorPipeRpcBackendOptions(num_worker_threads=threads, rpc_timeout=20)
+    settings = rpc.TensorPipeRpcBackendOptions(
+        num_worker_threads=threads, rpc_timeout=20, _transports=over and [over]
+    )
     rpc.init_rpc(f"w{rank}", rpc_backend_options=settings, **options)
     result = main(*args) if rank == 0 else None
     rpc.shutdown(timeout=20)
@@ -80,7 +82,8 @@ class Counter:
         return cls.__name__
 
 
-def test_plain_data_tensors_arrays_and_dataclasses_come_back_equal():
+@pytest.mark.parametrize("over", [None, "unix", "zmq", "tcp"])
+def test_plain_data_tensors_arrays_and_dataclasses_come_back_equal(over):
     def main():
         large = torch.arange(100_000, dtype=torch.float32)
         got = rpc.rpc_sync("w1", echo, ({"a": (1, [2.5, None]), "b": large, 3: {4}},))
@@ -93,7 +96,7 @@ def test_plain_data_tensors_arrays_and_dataclasses_come_back_equal():
         assert rpc.rpc_sync("w1", echo, ("x" * 300_000,)) == "x" * 300_000
         assert torch.equal(rpc.rpc_sync("w1", torch.add, (large, 1)), large + 1)
 
-    world(2, main)
+    world(2, main, over=over)
 
 
 def test_a_worker_is_meant_by_name_rank_or_info_itself_too():

@@ -1,0 +1,60 @@
+"""Transports whose messages move while somebody waits in them: one thread at a time looks.
+
+Owns: `PumpedTransport`, between `Transport` and the media that are read from sockets. Rules: 1. one
+of the waiting threads is inside `_pump`, the others wait for it to hand on that duty. 2. Sockets
+are closed when nobody is inside.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+
+from dtrain.comm.transports.base import Transport, seconds_left
+from dtrain.errors import PeerLost
+
+__all__ = ["PumpedTransport"]
+
+
+class PumpedTransport(Transport):
+    """A transport that brings `_pump`, `_wake` and `_destroy`."""
+
+    _pumping = False  # whether a thread is inside `_pump`; changes under the mailbox's lock
+
+    @abstractmethod
+    def _pump(self, deadline: float) -> None:
+        """Wait for something to arrive, or a peer to be lost, and take it in."""
+
+    @abstractmethod
+    def _destroy(self, linger: float) -> None:
+        """Give everything back; what is not written in `linger` seconds is lost."""
+
+    def _advance(self, version: int, deadline: float) -> None:
+        box = self.mailbox
+        with box.lock:
+            if box.version != version:
+                return
+            if self._pumping:
+                box.changed.wait(seconds_left(deadline))
+                return
+            self._pumping = True
+        try:
+            self._pump(deadline)
+        finally:
+            with box.lock:
+                self._pumping = False
+                box.changed.notify_all()
+
+    def abandon(self) -> None:
+        if self._leave():
+            self._destroy(linger=0.0)
+
+    def _leave(self) -> bool:
+        """Stop everything of this rank; False when there is nothing (more) to close here."""
+        if self.closed or os.getpid() != self._owner:
+            return False
+        self.closed = True
+        self.fail(PeerLost(self.rank, orderly=True))
+        with self.mailbox.lock:  # nobody else may be inside a socket that is closed
+            self.mailbox.changed.wait_for(lambda: not self._pumping, 1.0)
+        return True
