@@ -7,6 +7,7 @@ import pytest
 
 import dtrain
 from dtrain.nn import functional as F
+from dtrain.ops import norm
 
 
 def test_running_statistics_move_in_place_by_momentum():
@@ -41,6 +42,26 @@ def test_a_far_off_mean_does_not_spoil_the_variance(function):
     assert y.dtype is dtrain.float32
     np.testing.assert_allclose(y.numpy().var(axes), 1, rtol=2e-3)
     np.testing.assert_allclose(y.numpy().mean(axes), 0, atol=2e-3)
+
+
+def test_layer_norm_of_many_rows_in_blocks_of_a_few(monkeypatch):
+    """Rows are taken together a few at a time: the last ones, fewer, are done too."""
+    monkeypatch.setattr(norm, "ROWS", 40)
+    dtrain.manual_seed(0)
+    x = dtrain.randn(23, 10, dtype=dtrain.float64, requires_grad=True)
+    weight, bias = (dtrain.randn(10, dtype=dtrain.float64, requires_grad=True) for _ in range(2))
+    seed = dtrain.randn(23, 10, dtype=dtrain.float64)
+    found = F.layer_norm(x, (10,), weight, bias)
+    centred = x - x.mean(1, keepdim=True)
+    wanted = centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt() * weight + bias
+    gradients = []
+    for result in (found, wanted):
+        result.backward(seed)
+        gradients.append([t.grad.clone() for t in (x, weight, bias)])
+        x.grad = weight.grad = bias.grad = None
+    np.testing.assert_allclose(found.detach().numpy(), wanted.detach().numpy(), rtol=1e-12)
+    for ours, theirs in zip(*gradients, strict=True):
+        np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-10, atol=1e-12)
 
 
 def test_many_samples_in_groups_of_a_few():
