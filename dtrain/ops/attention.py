@@ -1,8 +1,10 @@
 """Scaled dot-product attention as one op.
 
 Rules: scores are computed for one batch element and one strip of queries at a time, so that they
-stay in cache; with a causal mask a strip meets only the keys it may see. Nothing of size queries x
-keys is kept: backward computes the scores again, from a number kept for each query.
+stay in cache; with a causal mask a strip meets only the keys it may see. Scores stand in columns,
+keys below each other: what softmax does to a query's scores is then done to a row of queries at
+once. Nothing of size queries x keys is kept: backward computes the scores again, from a number kept
+for each query.
 Sources: Vaswani et al., "Attention Is All You Need", 2017; Dao et al., "FlashAttention", 2022.
 """
 
@@ -10,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,25 +33,32 @@ STRIP = 64  # queries at a time
 
 @functools.cache
 def _future(rows: int, dtype: np.dtype[Any]) -> np.ndarray:
-    """-inf above the diagonal, 0 elsewhere."""
-    return np.triu(np.full((rows, rows), -np.inf, dtype), 1)
+    """-inf below the diagonal, where a key (row) comes after the query (column); 0 elsewhere."""
+    return np.tril(np.full((rows, rows), -np.inf, dtype), -1)
 
 
-def _strips(queries: int, keys: int, causal: bool) -> Iterator[tuple[slice, int]]:
-    """Strips of queries, each with the number of keys that any of them may see."""
-    for start in range(0, queries, STRIP):
-        stop = min(start + STRIP, queries)
-        yield slice(start, stop), min(stop, keys) if causal else keys
+def _strips(queries: int, keys: int, causal: bool) -> list[tuple[slice, int]]:
+    """Strips of queries, each with the number of keys that any of them may see: ever more."""
+    starts = range(0, queries, STRIP)
+    strips = [slice(start, min(start + STRIP, queries)) for start in starts]
+    return [(rows, min(rows.stop, keys) if causal else keys) for rows in strips]
 
 
-def _scores(n: Any, b: int, rows: slice, seen: int) -> np.ndarray:
-    """The masked scores (H, rows, seen) of one strip; `n` has the op's inputs and attributes."""
-    scores = np.matmul(n.q[b, :, rows] * n.scale, n.k[b, :, :seen].transpose(0, 2, 1))
+def _turned(x: np.ndarray) -> np.ndarray:
+    return x.transpose(0, 2, 1)
+
+
+def _scores(n: Any, b: int, scaled: np.ndarray, rows: slice, seen: int) -> np.ndarray:
+    """The masked scores (H, seen, rows) of one strip, a query's in a column.
+
+    `n` has the op's inputs and attributes, `scaled` is `n.q[b] * n.scale`.
+    """
+    scores = np.matmul(n.k[b, :, :seen], _turned(scaled[:, rows]))
     if n.mask is not None:
-        scores += n.mask[b, :, rows, :seen]
+        scores += _turned(n.mask[b, :, rows, :seen])
     if n.causal:
-        diagonal = scores[..., rows.start :]
-        diagonal += _future(scores.shape[1], scores.dtype)[:, : diagonal.shape[-1]]
+        diagonal = scores[:, rows.start :]
+        diagonal += _future(scores.shape[2], scores.dtype)[: diagonal.shape[1]]
     return scores
 
 
@@ -60,29 +68,30 @@ def _forward(
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     n = SimpleNamespace(q=q, k=k, mask=mask, causal=causal, scale=scale)
     out = np.empty_like(q, shape=(*q.shape[:3], v.shape[3]))
-    normaliser = np.empty((*q.shape[:3], 1), q.dtype)
+    normaliser = np.empty((*q.shape[:2], 1, q.shape[2]), q.dtype)
     for b in range(len(q)):
+        scaled = q[b] * scale
         for rows, seen in _strips(q.shape[2], k.shape[2], causal):
-            w = _scores(n, b, rows, seen)
-            total, normaliser[b, :, rows] = _exponentials(w, guarded=mask is not None)
+            w = _scores(n, b, scaled, rows, seen)
+            total, normaliser[b, :, :, rows] = _exponentials(w, guarded=mask is not None)
             if noise is not None:
-                w *= noise[b, :, rows, :seen]
-            np.matmul(w, v[b, :, :seen], out=out[b, :, rows])
-            out[b, :, rows] /= total
+                w *= _turned(noise[b, :, rows, :seen])
+            part = np.matmul(_turned(w), v[b, :, :seen], out=out[b, :, rows])
+            part /= _turned(total)
     return out, normaliser
 
 
 def _exponentials(w: np.ndarray, guarded: bool) -> tuple[np.ndarray, np.ndarray]:
-    """exp(w - max) in place; returns its row sums, and the logarithms of the sums of exp(w).
+    """exp(w - max) in place; returns its sums by column, and the logarithms of those of exp(w).
 
-    Both are infinite for rows where all is masked, so that whatever is divided by them is 0.
+    Both are infinite for columns where all is masked, so that whatever is divided by them is 0.
     """
-    top = np.maximum.reduce(w, axis=-1, keepdims=True)
+    top = np.maximum.reduce(w, axis=1, keepdims=True)
     if guarded:
         top[top == -np.inf] = 0
     w -= top
     np.exp(w, out=w)
-    total = np.add.reduce(w, axis=-1, keepdims=True)
+    total = np.add.reduce(w, axis=1, keepdims=True)
     if guarded:
         total[total == 0] = np.inf
     top += np.log(total)
@@ -94,28 +103,36 @@ def _vjp(n: Any, g: np.ndarray) -> Any:
     q, k, v = n.q, n.k, n.v
     dq, dk, dv = (np.empty_like(a) for a in (q, k, v))
     dmask = np.zeros(n.shapes[3], g.dtype) if n.needs[3] else None
+    along = np.vecdot(g, n.y)[:, :, None]
     for b in range(len(q)):
-        dk[b], dv[b] = 0, 0
-        for rows, seen in _strips(q.shape[2], k.shape[2], n.causal):
-            w = _scores(n, b, rows, seen)
-            w -= n.normaliser[b, :, rows]
+        scaled = q[b] * n.scale
+        written = 0  # of the keys: the first strip, which sees most, writes, the others add
+        for rows, seen in reversed(_strips(q.shape[2], k.shape[2], n.causal)):
+            w = _scores(n, b, scaled, rows, seen)
+            w -= n.normaliser[b, :, :, rows]
             np.exp(w, out=w)
             gs = g[b, :, rows]
-            ds = np.matmul(gs, v[b, :, :seen].transpose(0, 2, 1))
+            ds = np.matmul(v[b, :, :seen], _turned(gs))
             if n.noise is None:
                 kept = w
             else:
-                kept = w * n.noise[b, :, rows, :seen]
-                ds *= n.noise[b, :, rows, :seen]
-            dv[b, :, :seen] += np.matmul(kept.transpose(0, 2, 1), gs)
-            ds -= np.vecdot(gs, n.y[b, :, rows])[..., None]
+                noise = _turned(n.noise[b, :, rows, :seen])
+                kept = w * noise
+                ds *= noise
+            ds -= along[b, :, :, rows]
             ds *= w
             if dmask is not None:
-                dmask[b, :, rows, :seen] = ds
-            np.matmul(ds, k[b, :, :seen], out=dq[b, :, rows])
-            dk[b, :, :seen] += np.matmul(ds.transpose(0, 2, 1), q[b, :, rows])
+                dmask[b, :, rows, :seen] = _turned(ds)
+            np.matmul(_turned(ds), k[b, :, :seen], out=dq[b, :, rows])
+            if written:
+                dk[b, :, :seen] += np.matmul(ds, scaled[:, rows])
+                dv[b, :, :seen] += np.matmul(kept, gs)
+            else:
+                np.matmul(ds, scaled[:, rows], out=dk[b, :, :seen])
+                np.matmul(kept, gs, out=dv[b, :, :seen])
+                written = seen
+        dk[b, :, written:], dv[b, :, written:] = 0, 0
         dq[b] *= n.scale
-        dk[b] *= n.scale
     return dq, dk, dv, dmask
 
 
