@@ -401,6 +401,7 @@ _LAZY = frozenset(  # sub-packages
     )
 )
 _LAZY_NAMES = {"save": "serialization", "load": "serialization"}
+_LAZY_NAMES["notebook_launcher"] = "multiprocessing.notebook"
 
 
 def __getattr__(name: str) -> Any:

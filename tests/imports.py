@@ -15,7 +15,18 @@ from dataclasses import dataclass
 # (`dtrain.comm`, `dtrain.nn` ...); the two towers never see each other. A module without a row is
 # an error: give it one.
 BASE = (
-    *("errors", "env", "flight", "logs", "machine", "processes", "stacks", "tape", "version"),
+    *(
+        "errors",
+        "env",
+        "flight",
+        "letters",
+        "logs",
+        "machine",
+        "processes",
+        "stacks",
+        "tape",
+        "version",
+    ),
     "wire",
     *("cuda", "device", "draws", "dtypes", "generator", "heap", "missing", "random", "ranks"),
     "threads",

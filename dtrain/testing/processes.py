@@ -18,7 +18,7 @@ import threading
 import time
 from typing import Any
 
-from dtrain.testing.rank import read_letter, write_letter
+from dtrain.letters import new_letter, read_letter, write_letter
 from dtrain.wire import dumps, loads
 
 __all__ = ["Process", "how_ended", "own_descriptors", "own_process"]
@@ -85,7 +85,7 @@ class Process:
     def __init__(self, task: dict[str, Any]) -> None:
         self.status: int | None = None
         self._server = _living_server()
-        self._letter = os.memfd_create("dtrain-task", os.MFD_CLOEXEC)
+        self._letter = new_letter("dtrain-task")
         here = {"environ": dict(os.environ), "cwd": os.getcwd(), "path": sys.path}
         write_letter(self._letter, dumps(here | task))
         self._notices, theirs = os.pipe()

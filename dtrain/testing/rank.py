@@ -20,15 +20,14 @@ from typing import Any
 from dtrain.comm.group import ProcessGroup
 from dtrain.comm.store.tcp import TcpStore
 from dtrain.errors import DistError, to_wire
+from dtrain.letters import clear_letter, read_letter, write_letter
 from dtrain.wire import dumps, loads
-
-_LENGTH = 8  # bytes before the text of a letter, which say how long it is
 
 
 def run(letter: int) -> int:
     """Do the task in `letter` and report; the exit status."""
     task = loads(read_letter(letter))
-    os.ftruncate(letter, 0)
+    clear_letter(letter)
     os.chdir(task["cwd"])
     os.environ.clear()
     os.environ.update(task["environ"])
@@ -38,22 +37,6 @@ def run(letter: int) -> int:
     faulthandler.cancel_dump_traceback_later()
     write_letter(letter, dumps(report))
     return 0
-
-
-def read_letter(letter: int) -> bytes:
-    """The text of a letter; empty while there is none, or only a part of it."""
-    size = int.from_bytes(os.pread(letter, _LENGTH, 0), "little")
-    with open(letter, "rb", closefd=False) as file:
-        file.seek(_LENGTH)
-        return file.read(size)
-
-
-def write_letter(letter: int, text: bytes) -> None:
-    """Write the text, then its length, which makes it valid."""
-    with open(letter, "wb", closefd=False) as file:
-        file.seek(_LENGTH)
-        file.write(text)
-    os.pwrite(letter, len(text).to_bytes(_LENGTH, "little"), 0)
 
 
 def _run(task: dict[str, Any]) -> list[Any]:

@@ -78,3 +78,17 @@ def sleep(index, folder):
     (folder / f"{index}.part").write_text(str(os.getpid()))
     (folder / f"{index}.part").rename(folder / f"{index}.pid")
     time.sleep(60)
+
+
+def second_time():
+    """Rank 1 of the first attempt fails; every rank returns the number of its attempt."""
+    attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    if attempt == 0 and os.environ["RANK"] == "1":
+        raise ValueError("the first time")
+    return attempt
+
+
+def lock():
+    import threading
+
+    return threading.Lock()
