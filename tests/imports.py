@@ -74,6 +74,7 @@ LAZY = {"cloudpickle", "mpi4py", "psutil", "safetensors", "threadpoolctl"}
 # A package's face may load sub-packages when they are first asked for, a registry what it lists.
 DYNAMIC = {"dtrain", "dtrain.autograd", "dtrain.nn", "dtrain.utils", "dtrain.distributed"}
 DYNAMIC |= {"dtrain.comm.transports.base", "dtrain.testing.rank", "dtrain.distributed.rpc.names"}
+DYNAMIC |= {"dtrain.distributed.nn"}
 DYNAMIC |= {"dtrain.distributed.fsdp"}
 
 

@@ -1,9 +1,13 @@
-"""Collectives through which gradients flow. Source: torch.distributed.nn.
+"""Collectives through which gradients flow, and modules on other workers.
 
-`functional` has them; they are shown here as well, as in torch.
+`functional` has the collectives, which are shown here as well, as in torch; `RemoteModule` (of
+api/remote_module.py) is loaded when it is first asked for. Source: torch.distributed.nn.
 """
 
 from __future__ import annotations
+
+import importlib
+from typing import Any
 
 from dtrain.distributed.nn import functional as functional
 from dtrain.distributed.nn.functional import (
@@ -18,3 +22,13 @@ from dtrain.distributed.nn.functional import (
     reduce_scatter as reduce_scatter,
     scatter as scatter,
 )
+
+
+def __getattr__(name: str) -> Any:
+    if name == "RemoteModule":
+        return importlib.import_module("dtrain.distributed.nn.api.remote_module").RemoteModule
+    raise AttributeError(f"module 'dtrain.distributed.nn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), "RemoteModule"})

@@ -22,6 +22,7 @@ T = TypeVar("T")
 _DTRAIN = (
     *("dtrain.ops", "dtrain.tensor", "dtrain.methods", "dtrain.nn.modules", "dtrain.optim"),
     *("dtrain.distributed.autograd.calls", "dtrain.distributed.optim.optimizer"),
+    "dtrain.distributed.nn.api.remote_module",
 )
 _MAIN = ("__main__", "__mp_main__")
 

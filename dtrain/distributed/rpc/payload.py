@@ -92,6 +92,10 @@ class _Packer:
         if dataclasses.is_dataclass(value):
             fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
             return extension(RECORD, self._inside([type(value), fields], path))
+        names = getattr(type(value), "_travels_as", None)
+        if names is not None:
+            handed = {name: getattr(value, name) for name in names}
+            return extension(RECORD, self._inside([type(value), handed], path))
         return None
 
     def _inside(self, parts: list[Any], path: str) -> Any:
@@ -156,8 +160,12 @@ def unpack(body: Any, arrays: Sequence[Any], find: Callable[[Name], Any], *, cod
 
 
 def _record(parts: list[Any]) -> Any:
-    """An instance of a dataclass, made without running its `__init__`."""
+    """An instance of a dataclass, made without its `__init__`, or of a class that `_travels_as`
+    some attributes, made by its `_arrived`.
+    """
     cls, fields = parts
+    if set(fields) == set(getattr(cls, "_travels_as", ())) and fields:
+        return cls._arrived(**fields)
     if not isinstance(cls, type) or set(fields) != {f.name for f in dataclasses.fields(cls)}:
         raise TypeError(f"not the fields of {cls!r}")
     made: Any = cls.__new__(cls)  # type: ignore[call-overload]
