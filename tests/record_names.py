@@ -12,7 +12,7 @@ from tests.recorded.registry import recording
 MODULES = """torch torch.nn torch.nn.functional torch.nn.init torch.nn.utils torch.nn.parallel
     torch.optim torch.optim.lr_scheduler torch.utils.data torch.utils.checkpoint
     torch.distributed torch.distributed.fsdp torch.distributed.fsdp.wrap
-    torch.distributed.pipelining
+    torch.distributed.optim torch.distributed.pipelining
     torch.distributed.tensor torch.distributed.tensor.parallel torch.autograd
     torch.multiprocessing"""
 

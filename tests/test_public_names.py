@@ -28,6 +28,8 @@ CLASSES = {
         "dtrain.distributed.elastic.utils.data",
         "dtrain.distributed.elastic.utils.data.elastic_distributed_sampler",
     ): "ElasticDistributedSampler",
+    ("dtrain.distributed.nn", "dtrain.distributed.nn.api.remote_module"): "RemoteModule",
+    ("dtrain.distributed.optim", "dtrain.distributed.optim.optimizer"): "DistributedOptimizer",
     ("dtrain.distributed.optim", "dtrain.distributed.optim.post_localSGD_optimizer"): (
         "PostLocalSGDOptimizer"
     ),

@@ -10,6 +10,7 @@ from dtrain.distributed.rpc.api import (
     get_debug_info as get_debug_info,
     get_worker_info as get_worker_info,
     init_rpc as init_rpc,
+    is_available as is_available,
     remote as remote,
     rpc_async as rpc_async,
     rpc_sync as rpc_sync,

@@ -44,6 +44,11 @@ _log = logging.getLogger("dtrain.rpc")
 _MEETING = 300.0
 
 
+def is_available() -> bool:
+    """True: rpc is part of dtrain."""
+    return True
+
+
 def init_rpc(
     name: str,
     backend: BackendType | None = None,
