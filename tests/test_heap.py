@@ -26,11 +26,28 @@ faults()
 print(keep_freed_memory(), faults())
 """
 
+RETURN = """
+import numpy as np
+from dtrain.heap import keep_freed_memory, return_freed_memory
 
-def run(**variables):
+def resident():
+    with open("/proc/self/statm") as numbers:
+        return int(numbers.read().split()[1])
+
+keep_freed_memory()
+arrays = [np.ones(1 << 19, np.float32) for _ in range(32)]
+last = np.ones(1000)  # above them in the heap
+del arrays
+before = resident()
+return_freed_memory()
+print(before - resident() > 12 * 1024, 0)  # pages of 4 KiB: of 64 MiB at least 48
+"""
+
+
+def run(program=PROGRAM, **variables):
     env = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env={**env, **variables}, capture_output=True, text=True,
+        [sys.executable, "-c", program], env={**env, **variables}, capture_output=True, text=True,
         timeout=30, check=True,
     )  # fmt: skip
     kept, faults = done.stdout.split()
@@ -48,3 +65,8 @@ def test_the_environment_decides_when_it_says_something():
     kept, faults = run(MALLOC_TRIM_THRESHOLD_="131072", MALLOC_MMAP_THRESHOLD_="131072")
     assert not kept
     assert faults > 40_000
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc's allocator")
+def test_freed_memory_is_returned_when_asked_for():
+    assert run(RETURN) == (True, 0)

@@ -44,8 +44,9 @@ def fully_shard(
                     shares, the first replicates (hybrid sharding).
     reshard_after_forward   whether a unit's memory is given back between forward and backward;
                     None: yes, except for the root. On one host with shared memory nothing has to be
-                    given back, and it changes nothing. 1 means False; another number, which must be
-                    a factor of the number of ranks, True: the ranks of a host keep one copy anyway.
+                    given back, and it changes nothing. Over hosts with several ranks each keeps one
+                    copy, unless this is True. 1 means False; another number, which must be a factor
+                    of the number of ranks, None.
     mp_policy       dtypes in forward, backward and reduction.
     offload_policy  `OffloadPolicy()`, which is the default; there is no other one yet.
     ignored_params  parameters that stay as they are.
@@ -62,7 +63,8 @@ def fully_shard(
     after_forward = _after_forward(reshard_after_forward, ranks.size(ranks.ndim - 1))
     found = _parameters(modules, {id(p) for p in ignored_params or ()})
     units = [
-        Unit([slots for _, slots in same], [p for p, _ in same], ranks, _dtypes(dtype, precision))
+        Unit([slots for _, slots in same], [p for p, _ in same], ranks, _dtypes(dtype, precision),
+             given_back=after_forward is True)
         for dtype, same in _by_dtype(found).items()
     ]  # fmt: skip
     state = ModuleState(modules, units, after_forward, precision)
@@ -94,7 +96,7 @@ def _after_forward(wanted: bool | int | None, size: int) -> bool | None:
             "If passing reshard_after_forward as an int, it should be a factor of "
             f"{size}, not {wanted}"
         )
-    return wanted > 1
+    return None if wanted > 1 else False
 
 
 def _mesh(mesh: DeviceMesh | None) -> DeviceMesh:

@@ -4,8 +4,9 @@ Owns: `Shared`, `OnHosts` and `Private`, the three homes of an unsharded unit, a
 lends the flat arrays of gradients. Rules: 1. On one host the ranks' shards are slices of one array
 that all of them see: to gather is to wait for who still writes. 2. Over several hosts with shared
 memory each host keeps such an array; what belongs to the others is gathered into it once after each
-change. 3. Else a rank gathers into pages of its own, which go back to the machine at `release`;
-the address stays, so that what autograd has saved of it is right again when it is gathered again.
+change. Not where hosts have one rank each, nor where units are to be given back by all means.
+3. Else a rank gathers into pages of its own, which go back to the machine at `release`; the address
+stays, so that what autograd has saved of it is right again when it is gathered again.
 """
 
 from __future__ import annotations
@@ -104,12 +105,18 @@ class Private(_Gathered):
         self._pages.madvise(mmap.MADV_DONTNEED)
 
 
-def home_for(layout: Layout, group: ProcessGroup, dtype: Any) -> Home:
-    """Memory for a unit: collective, as all ranks must come to the same kind."""
+def home_for(layout: Layout, group: ProcessGroup, dtype: Any, *, given_back: bool) -> Home:
+    """Memory for a unit: collective, as all ranks must come to the same kind.
+
+    `given_back`: over several hosts, rather gather it again than keep it on each.
+    """
     kind, rank = np.dtype(dtype), group.rank()
+    island = getattr(getattr(group.arrays, "transport", None), "island", None)
+    alone = island is not None and all(len(ranks) == 1 for ranks in island.placement.hosts)
+    if alone or (island is not None and given_back):
+        return Private(layout, rank, kind, _packed(layout, rank))
     array = share(group.arrays, layout.total, kind)
-    over_hosts = getattr(getattr(group.arrays, "transport", None), "island", None) is not None
-    if array is not None and not over_hosts:
+    if array is not None and island is None:
         packed = None if kind == layout.dtype else _packed(layout, rank)
         return Shared(layout, rank, array, packed)
     if array is not None:

@@ -28,6 +28,7 @@ from dtrain.comm.collectives import Barrier, Broadcast
 from dtrain.distributed.fsdp.memory import Pool
 from dtrain.distributed.fsdp.unit import Flight, State, Unit
 from dtrain.errors import DistError
+from dtrain.heap import return_freed_memory
 
 if TYPE_CHECKING:
     from dtrain.distributed.fsdp.state import ModuleState
@@ -57,6 +58,7 @@ class Root:
         self._flights: deque[Flight] = deque()
         self._forwards: list[ModuleState] = []  # as their forwards began in this pass
         self._before: list[ModuleState] = []  # and in the one before
+        return_freed_memory()  # what the whole parameters took when the model was made
 
     # ---- fences
 
@@ -99,13 +101,12 @@ class Root:
     def _gather(
         self, state: ModuleState, named: list[ModuleState] | None, following: list[ModuleState]
     ) -> None:
-        aside = all(unit.group.arrays.runs_aside for unit in state.units)
         try:
             for unit in state.units:
-                unit.begin(async_op=aside)  # queued before what is only wanted later
+                unit.begin(async_op=unit.runs_aside)  # queued before what is only wanted later
             for later in following if named is None else named:
                 for unit in later.units:
-                    if unit.group.arrays.runs_aside:
+                    if unit.runs_aside:
                         unit.begin(async_op=True)
             for unit in state.units:
                 unit.finish()
@@ -152,8 +153,8 @@ class Root:
         try:
             while len(self._flights) >= LIMIT:
                 self._land()
-            self._flights.append(unit.reduce(async_op=unit.group.arrays.runs_aside))
-            if not unit.group.arrays.runs_aside:
+            self._flights.append(unit.reduce(async_op=unit.runs_aside))
+            if not unit.runs_aside:
                 self._land()
         except DistError as error:
             error.add_note(self._where("reducing", [unit]))

@@ -61,7 +61,8 @@ class Unit:
     """Parameters that this rank has a shard of; all ranks of `mesh` make it alike.
 
     `slots[i]`: all the places where parameter i stands. The ranks along the last axis of the mesh
-    (`group`) own different shards, those along the first of two the same. Waits for all ranks.
+    (`group`) own different shards, those along the first of two the same. `given_back`: it shall
+    not be kept between forward and backward. Waits for all ranks.
     """
 
     def __init__(
@@ -70,6 +71,8 @@ class Unit:
         parameters: Sequence[Any],
         mesh: DeviceMesh,
         precision: Precision,
+        *,
+        given_back: bool = False,
     ) -> None:
         self.slots, self.precision = slots, precision
         self.group: ProcessGroup = mesh.get_group(mesh.ndim - 1)
@@ -78,7 +81,7 @@ class Unit:
         rank = self.group.rank()
         arrays = [p._data for p in parameters]
         self.layout = Layout([a.shape for a in arrays], arrays[0].dtype, self.group.size())
-        self.home = home_for(self.layout, self.group, precision.whole)
+        self.home = home_for(self.layout, self.group, precision.whole, given_back=given_back)
         self.state = State.SHARDED
         self.sharded, self.whole = [], []
         views = self.layout.views(self.home.array)
@@ -115,6 +118,11 @@ class Unit:
         """The path of a parameter in the model, as far as it is known."""
         own = self.slots[index][0].path
         return f"{self.where}.{own}" if self.where else own
+
+    @property
+    def runs_aside(self) -> bool:
+        """Whether its calls can go on beside what computes."""
+        return self.group.size() > 1 and self.group.arrays.runs_aside
 
     # ---- parameters
 

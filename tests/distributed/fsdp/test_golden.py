@@ -16,6 +16,7 @@ import dtrain as torch
 from dtrain.distributed.fsdp import fully_shard
 from dtrain.nn.parallel import DistributedDataParallel as DDP
 from dtrain.testing.distributed import run_distributed
+from tests.comm.hosts import islands
 from tests.distributed.fsdp import training
 
 TOLERANCE = 1e-5
@@ -60,13 +61,21 @@ def test_golden_losses_equal_one_process_and_the_bits_of_ddp(name, ranks):
         assert result == with_ddp
 
 
-@pytest.mark.parametrize("transport", ["shm", "zmq"])
+@pytest.mark.parametrize("transport", ["shm", "zmq", islands(1, 1)])
 @pytest.mark.parametrize("options", [{}, {"units": False}, {"reshard_after_forward": False}])
 def test_the_same_bits_on_every_transport_and_division(transport, options):
     expected = run_distributed(2, train, "GPT")
     assert run_distributed(2, functools.partial(train, "GPT", **options), transport=transport) == (
         expected
     )
+
+
+@pytest.mark.parametrize("options", [{}, {"reshard_after_forward": True}])
+def test_the_same_bits_over_hosts(options):
+    """Where ranks of a host share one copy, and where they give theirs back."""
+    expected = run_distributed(3, train, "GPT")
+    found = run_distributed(3, functools.partial(train, "GPT", **options), transport=islands(2, 1))
+    assert found == expected
 
 
 def test_the_same_bits_in_processes():
