@@ -390,6 +390,7 @@ _keep_freed_memory()
 _LAZY = frozenset(  # sub-packages
     (
         "distributed",
+        "elastic",
         "futures",
         "multiprocessing",
         "nn",

@@ -58,7 +58,7 @@ COMM = (
 ABOVE = (
     ("futures", "multiprocessing"),
     ("distributed", "distributed.fsdp.wrap"),
-    ("nn.parallel", "inductor", "profiler"),
+    ("nn.parallel", "inductor", "profiler", "elastic"),
     ("distributed.fsdp",),
     ("testing",),
     ("__main__",),

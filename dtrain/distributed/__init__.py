@@ -92,6 +92,10 @@ from dtrain.distributed.hooks import (
     PostHookArgs as PostHookArgs,
     PreHookArgs as PreHookArgs,
 )
+from dtrain.distributed.notice import (
+    request_stop as request_stop,
+    should_stop as should_stop,
+)
 from dtrain.distributed.objects import (
     all_gather_object as all_gather_object,
     allow_pickle as allow_pickle,

@@ -170,6 +170,7 @@ class World:
         self.store: Store | None = None
         self.owns_store = False
         self.tape: Tape | None = None
+        self.stop_wanted = False  # by `notice.request_stop`, here or on another rank
 
     def add(self, group: ProcessGroup) -> None:
         """A group of which this rank has become a member."""

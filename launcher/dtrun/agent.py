@@ -13,7 +13,7 @@ import signal
 import socket
 from collections.abc import Mapping
 
-from dtrun import debug, errors, secret
+from dtrun import debug, errors, process, secret
 from dtrun.group import Group, Signals, flush
 from dtrun.keeper import CANNOT_START
 from dtrun.output import make_log_dir
@@ -40,8 +40,10 @@ class Agent:
         self._streams = Streams(spec, self._selector, self._hostname)
         self._log_dir = run_dir
         self._received: int | None = None
+        self._in_order = False  # the ranks were told to stop, and have ended with 0
         self._last_calls = ""  # of the ranks of an attempt that failed
         self._group: Group | None = None  # of the attempt that runs, or was the last
+        self._memory = [process.make_memory() for _ in range(spec.nproc)]
         self._spared: tuple[int, ...] = ()  # children that are no workers
 
     def run(self) -> int:
@@ -87,6 +89,9 @@ class Agent:
         """Say which signal has ended the run; the exit code."""
         assert self._received is not None
         name = errors.signal_name(self._received)
+        if self._in_order:
+            self._streams.say(f"dtrun: told to stop by {name}, all workers have ended in order\n")
+            return 0
         self._streams.say(f"dtrun: stopped by {name}, all workers have ended\n")
         return 128 + self._received
 
@@ -121,9 +126,10 @@ class Agent:
         if content is not None:
             secret.hand_over(attempt.run_dir, secret.Secret(content))
         self._streams.spec = spec
-        self._group = Group(spec, attempt, self._streams, self._environ, self._spared)
+        self._group = Group(spec, attempt, self._streams, self._environ, self._memory, self._spared)
         failures = self._group.run(self._selector, self._signals)
         self._received = self._group.supervisor.received
+        self._in_order = self._group.heeded and not failures
         if failures and self._received is None:
             kept = "" if spec.log_dir is None else attempt.error_dir
             self._last_calls = debug.ask(attempt.run_dir, "--report", kept)

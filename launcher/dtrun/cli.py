@@ -16,15 +16,15 @@ from typing import NoReturn
 from dtrun import debug, keeper, options, output, secret
 from dtrun.agent import Agent
 from dtrun.cluster import ClusterAgent
-from dtrun.keeper import CANNOT_START
+from dtrun.keeper import CANNOT_START, PATIENCE_SECONDS
 from dtrun.rendezvous import claim, make_run_dir, remove_leftovers, remove_run_dir
-from dtrun.spec import Spec
+from dtrun.spec import Spec, any_heeds
 
 # torchrun has these too.
 NOT_YET = (
     *("--start-method", "--event-log-handler", "--run-path", "--logs-specs"),
     *("--duplicate-stdout-filters", "--duplicate-stderr-filters", "--numa-binding"),
-    *("--signals-to-handle", "--shutdown-timeout", "--virtual-local-rank", "--print-completion"),
+    *("--signals-to-handle", "--virtual-local-rank", "--print-completion"),
 )
 
 
@@ -84,6 +84,9 @@ def make_parser() -> Parser:
     add("--local-ranks-filter", default="", metavar="I,J", help="show only these on the console")
     add("--log-line-prefix-template", metavar="T", help="with ${role_name} ${local_rank} ${rank}")
     add("--monitor-interval", type=float, default=0.1, help="no effect: deaths are seen at once")
+    timeout = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")
+    seconds = "seconds for ranks that end by themselves when told (should_stop)"
+    add("--shutdown-timeout", type=float, default=timeout, metavar="S", help=seconds)
     add("--rdzv-backend", default="static", help="static: --node-rank; c10d: places are given out")
     add("--rdzv-endpoint", default="", metavar="HOST[:PORT]", help="where nodes meet: the head")
     add("--rdzv-id", default=options.NO_RUN_ID, help="the run id; one node alone makes one up")
@@ -134,6 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return keeper.keep(
         lambda signals: kind(spec, run_dir, os.environ, signals).run(),
         lambda: remove_run_dir(run_dir),
+        lambda: PATIENCE_SECONDS + (spec.shutdown_timeout if any_heeds(run_dir) else 0.0),
     )
 
 

@@ -153,8 +153,9 @@ class ClusterAgent(Agent):
 
     def _leave(self) -> int:
         code = self._stopped()
-        why = f"stopped by {errors.signal_name(code - 128)}"
-        self._line.tell(say="leave", why=why, code=code)
+        assert self._received is not None
+        why = f"stopped by {errors.signal_name(self._received)}"
+        self._line.tell(say="leave", why=why, code=code, clean=self._in_order)
         return code
 
     def _run_epoch(self, start: Message) -> None:

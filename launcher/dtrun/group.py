@@ -11,7 +11,7 @@ import selectors
 import signal
 import subprocess
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from dtrun import debug, process
 from dtrun.errors import Failure, read_recorded
@@ -26,9 +26,13 @@ from dtrun.spec import (
     error_file,
     exit_file,
     fault_file,
+    heeds,
 )
 from dtrun.streams import LOG_NAMES, Streams
-from dtrun.supervisor import Supervisor
+from dtrun.supervisor import STOP_SECONDS, Supervisor
+
+# What `should_stop` in a rank takes over; an interrupt is for whoever sits at the terminal.
+HEEDED = (signal.SIGTERM, signal.SIGUSR1)
 
 # For a console that takes nothing while dtrun is being stopped.
 LAST_WORDS_SECONDS = 0.2
@@ -63,10 +67,13 @@ class Group:
         attempt: Attempt,
         streams: Streams,
         environ: Mapping[str, str],
+        memory: Sequence[tuple[int, int]],
         spared: Collection[int] = (),
     ) -> None:
         self.supervisor = Supervisor(range(spec.nproc))
+        self._memory = memory  # of each local rank
         self.spared = spared  # children of this process that are no workers
+        self.heeded = False  # a signal to stop was given to ranks that end by themselves
         self.spec = spec
         self._attempt = attempt
         self._streams = streams
@@ -98,14 +105,17 @@ class Group:
         stdout, stderr = (
             self._streams.open(local_rank, bit, self._attempt.error_dir) for bit in (STDOUT, STDERR)
         )
+        memory = self._memory[local_rank]
+        env = environment(self.spec, self._attempt, local_rank, self._environ)
         try:
             worker = process.spawn(
                 command(self.spec, local_rank, self._environ),
-                environment(self.spec, self._attempt, local_rank, self._environ),
+                env | {"DTRAIN_MEMORY": ",".join(map(str, memory))},
                 # One reader can make sense of a shared stdin, several cannot.
                 None if local_rank == 0 else subprocess.DEVNULL,
                 stdout,
                 stderr,
+                memory,
             )
         finally:
             for fd in (stdout, stderr):
@@ -129,7 +139,9 @@ class Group:
 
     def stop(self, *, grace: bool) -> None:
         """End all workers, because of what happened on another node."""
-        self._send(self.supervisor.stop(time.monotonic(), grace=grace))
+        patience = STOP_SECONDS if grace else self._patience(signal.SIGTERM)
+        signum = self.supervisor.stop(time.monotonic(), grace=grace, patience=patience)
+        self._send(signum, gently=self.heeded)
 
     def _timeout(self) -> float | None:
         due = [d for d in (self.supervisor.deadline, self._streams.deadline) if d is not None]
@@ -147,8 +159,22 @@ class Group:
             if signum == ASK_SIGNAL:
                 text = debug.ask(self._attempt.run_dir)
                 self._streams.say(text or "dtrun: no rank has joined a group yet\n")
+                self._pass_on(signum)
                 continue
-            self._send(self.supervisor.signalled(signum, now))
+            patience = self._patience(signum)
+            self._send(self.supervisor.signalled(signum, now, patience), gently=self.heeded)
+
+    def _patience(self, signum: int) -> float:
+        """How long the ranks may go on after a signal; `heeded` says whether they asked for it."""
+        living = self.supervisor.living
+        self.heeded = signum in HEEDED and all(heeds(self._attempt, rank) for rank in living)
+        return self.spec.shutdown_timeout if self.heeded else STOP_SECONDS
+
+    def _pass_on(self, signum: int) -> None:
+        """Give a signal that ends nobody to those ranks that have asked for it."""
+        for local_rank in self.supervisor.living:
+            if heeds(self._attempt, local_rank):
+                self._workers[local_rank].send_signal(signum)
 
     def _tell_end(self, local_rank: int, code: int) -> None:
         """Write down how a worker ended, for those who miss it; the file appears complete."""
@@ -160,11 +186,15 @@ class Group:
         except OSError as error:
             self._streams.say(f"dtrun: cannot tell the other ranks of an end: {error}\n")
 
-    def _send(self, signum: int | None) -> None:
+    def _send(self, signum: int | None, *, gently: bool = False) -> None:
+        """To all workers and what they have started; `gently`: to the workers alone."""
         if signum is not None:
             for local_rank in self.supervisor.living:
                 self._stopped_by[local_rank] = signum
-                process.signal_group(self._workers[local_rank], signum)
+                if gently:
+                    self._workers[local_rank].send_signal(signum)
+                else:
+                    process.signal_group(self._workers[local_rank], signum)
 
     def _sweep(self) -> None:
         left = process.sweep(self.spared)

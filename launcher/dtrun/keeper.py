@@ -23,12 +23,16 @@ CANNOT_START = 126  # exit code, as a shell's for a command that cannot be execu
 PATIENCE_SECONDS = 2.0
 
 
-def keep(launch: Callable[[set[signal.Signals]], int], clean: Callable[[], None]) -> int:
+def keep(
+    launch: Callable[[set[signal.Signals]], int],
+    clean: Callable[[], None],
+    patience: Callable[[], float] = lambda: PATIENCE_SECONDS,
+) -> int:
     """Run `launch` in a child and return its exit code; then `clean`, however the child ended.
 
     `launch` is given the signals, SIGCHLD among them, that are blocked and that it must handle.
     Returns in both processes, the child with its own result. Blocks until the child has ended, at
-    most PATIENCE_SECONDS after a signal. No other thread may be running.
+    most `patience()` seconds after a signal. No other thread may be running.
     """
     # A signal that is ignored (nohup, a shell's background job) stays ignored for everybody.
     stops = {one for one in STOP_SIGNALS if signal.getsignal(one) is not signal.SIG_IGN}
@@ -53,7 +57,7 @@ def keep(launch: Callable[[set[signal.Signals]], int], clean: Callable[[], None]
             return launch(watched)
         finally:
             clean()
-    status = _wait(child, watched)
+    status = _wait(child, watched, patience)
     process.sweep()
     clean()
     if status < 0:
@@ -62,7 +66,7 @@ def keep(launch: Callable[[set[signal.Signals]], int], clean: Callable[[], None]
     return status if status >= 0 else 128 - status
 
 
-def _wait(child: int, watched: set[signal.Signals]) -> int:
+def _wait(child: int, watched: set[signal.Signals], patience: Callable[[], float]) -> int:
     """Forward signals until `child` ends; its exit code, negative for a signal."""
     deadline: float | None = None
     while not (ended := os.waitpid(child, os.WNOHANG))[0]:
@@ -74,5 +78,5 @@ def _wait(child: int, watched: set[signal.Signals]) -> int:
         if signum != signal.SIGCHLD:
             os.kill(child, signum)
         if signum in STOP_SIGNALS:
-            deadline = time.monotonic() + PATIENCE_SECONDS
+            deadline = time.monotonic() + patience()
     return os.waitstatus_to_exitcode(ended[1])

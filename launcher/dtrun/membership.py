@@ -98,7 +98,7 @@ class Meeting:
             if message["say"] == "ended":
                 self._ended(node, message, now)
             elif message["say"] == "leave":
-                self._left(node, message["why"], message["code"], now)
+                self._left(node, message, now)
         elif message["say"] != "leave":
             why = f"the head took this node for lost, silent for {self.terms.dead_after:g} s"
             self._tell(node, say="over", code=TRY_AGAIN, why=f"{why}: start dtrun again here")
@@ -161,13 +161,18 @@ class Meeting:
     def _has_room(self) -> bool:
         return len(self.epoch.members) < self.terms.most and not self.epoch.reports
 
-    def _left(self, name: str, why: str, code: int, now: float) -> None:
-        node = self.nodes[name]
+    def _left(self, name: str, message: Mapping[str, Any], now: float) -> None:
+        node, why = self.nodes[name], message["why"]
         if self.state == OVER:
             del self.nodes[name]
+        elif message.get("clean") and self.terms.least == self.terms.most:
+            # All ranks have stopped together, in order: the job is done for now.
+            del self.nodes[name]
+            self.epoch.reports[name] = []
+            self._settle(now)
         elif node.head:
             del self.nodes[name]
-            self._finish(code, f"{node}, the head, has left: {why}")
+            self._finish(message["code"], f"{node}, the head, has left: {why}")
         else:
             self._lose(node, f"{node} has left: {why}", now)
 

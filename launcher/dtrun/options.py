@@ -53,6 +53,7 @@ def spec_from(given: argparse.Namespace) -> Spec:
         secret=secret.read(given.secret_file) if given.secret_file else None,
         local_addr=given.local_addr,
         data_plane=data_plane(given.data_plane),
+        shutdown_timeout=shutdown_timeout(given.shutdown_timeout),
         terms=meeting.terms(conf, least, nnodes, restarts, static=static) if meets else None,
         is_head=meeting.is_host(conf, given.node_rank, static=static),
     )
@@ -88,6 +89,13 @@ def at_least_0(flag: str, count: int) -> int:
     if count < 0:
         raise ValueError(f"{flag} must be at least 0, got {count}")
     return count
+
+
+def shutdown_timeout(seconds: float) -> float:
+    """Seconds, more than none."""
+    if not seconds > 0:
+        raise ValueError(f"--shutdown-timeout must be more than 0 seconds, got {seconds:g}")
+    return seconds
 
 
 def endpoint(given: argparse.Namespace, least: int, nnodes: int) -> tuple[str, int]:

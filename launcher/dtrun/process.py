@@ -38,8 +38,11 @@ def spawn(
     stdin: int | None,
     stdout: int | None,
     stderr: int | None,
+    inherited: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
     """Start a worker; `stdin`, `stdout` and `stderr` are as in Popen, which names the errors.
+
+    It has the descriptors `inherited` under the same numbers.
 
     Call it from the main thread: the parent-death signal follows the thread that forked.
     """
@@ -50,6 +53,7 @@ def spawn(
         stdin=stdin,
         stdout=stdout,
         stderr=stderr,
+        pass_fds=inherited,
         start_new_session=True,
         # No other thread exists that could hold a lock over the fork.
         preexec_fn=lambda: die_with(launcher, signal.SIGKILL),
@@ -61,6 +65,12 @@ def signal_group(worker: subprocess.Popen[bytes], signum: int) -> None:
     # An unreaped leader keeps its group's number from being used again.
     with contextlib.suppress(ProcessLookupError):
         os.killpg(worker.pid, signum)
+
+
+def make_memory() -> tuple[int, int]:
+    """Two nameless files in memory, of no size yet: where a rank keeps what is to outlive it."""
+    first, second = (os.memfd_create("dtrun-memory", os.MFD_CLOEXEC) for _ in range(2))
+    return first, second
 
 
 def sweep(spared: Collection[int] = ()) -> int:

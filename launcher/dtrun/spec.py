@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 from dtrun.membership import Terms
@@ -43,6 +44,7 @@ class Spec(NamedTuple):
     secret: Secret | None = None  # content of --secret-file
     local_addr: str = ""  # of this node, for ranks on others; "": the one that reaches rank 0
     data_plane: str = "curve"
+    shutdown_timeout: float = 30.0  # seconds for ranks that end by themselves when told
     terms: Terms | None = None  # of nodes that meet; None: a node knows its place without
     is_head: bool | None = None  # of the meeting; None: if its address is this node's
     first_rank: int | None = None  # of this node, where nodes have different numbers of ranks
@@ -83,6 +85,16 @@ def fault_file(attempt: Attempt, local_rank: int) -> str:
 def exit_file(attempt: Attempt, rank: int) -> str:
     """Where dtrun tells the other ranks of this node how a rank ended, as JSON."""
     return os.path.join(attempt.run_dir, f"exit-{rank}")
+
+
+def heeds(attempt: Attempt, local_rank: int) -> bool:
+    """Whether a worker has said that it ends by itself when it is told to stop."""
+    return os.path.exists(os.path.join(attempt.run_dir, f"heeds-{local_rank}"))
+
+
+def any_heeds(run_dir: str) -> bool:
+    """Whether a worker of any attempt has said so."""
+    return any(Path(run_dir).glob("*/heeds-*"))
 
 
 def environment(

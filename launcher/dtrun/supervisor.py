@@ -37,24 +37,24 @@ class Supervisor:
         if code != 0 and self.state == RUNNING:
             self._enter(GRACE, now + GRACE_SECONDS)
 
-    def signalled(self, signum: int, now: float) -> int | None:
-        """dtrun was sent a signal: pass it on; at the second one, kill."""
+    def signalled(self, signum: int, now: float, patience: float = STOP_SECONDS) -> int | None:
+        """dtrun was sent a signal: pass it on, and kill after `patience`; at the second one now."""
         if self.received is not None:
             return self._kill()
         self.received = signum
         if self.state in (STOPPING, KILLED):
             return None
-        self._enter(STOPPING, now + STOP_SECONDS)
+        self._enter(STOPPING, now + patience)
         return signum
 
-    def stop(self, now: float, *, grace: bool) -> int | None:
+    def stop(self, now: float, *, grace: bool, patience: float = STOP_SECONDS) -> int | None:
         """End the group because of what happened on another node; with `grace`, as a failure."""
         if self.state != RUNNING:
             return None
         if grace:
             self._enter(GRACE, now + GRACE_SECONDS)
             return None
-        self._enter(STOPPING, now + STOP_SECONDS)
+        self._enter(STOPPING, now + patience)
         return signal.SIGTERM
 
     def tick(self, now: float) -> int | None:

@@ -59,16 +59,26 @@ class Hosts:
         return process
 
     def dtrun(
-        self, host: int, key: Path, script: Path, *flags: object, args: Sequence[str] = ()
+        self,
+        host: int,
+        key: Path,
+        script: Path,
+        *flags: object,
+        args: Sequence[str] = (),
+        **environment: str,
     ) -> subprocess.Popen[str]:
         """Start this host's part of a job of two nodes."""
         meeting = ["--nnodes", 2, "--node-rank", host, "--rdzv-endpoint", f"{ADDRESSES[0]}:29500"]
         head = [sys.executable, "-m", "dtrun", *meeting, "--secret-file", key]
-        return self.start(host, *head, *flags, script, *args)
+        return self.start(host, *head, *flags, script, *args, **environment)
 
     def cut(self) -> None:
         """Cut the cable."""
         _ip("-n", self.names[0], "link", "set", "cable0", "down")
+
+    def join(self) -> None:
+        """Mend it."""
+        _ip("-n", self.names[0], "link", "set", "cable0", "up")
 
     def close(self) -> None:
         """End what still runs, and remove the hosts."""
