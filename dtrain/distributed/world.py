@@ -161,7 +161,8 @@ class group(metaclass=_WorldGroup):
 class World:
     """What this rank has joined. `made` lists the groups in the order they were made.
 
-    `tape`: where this rank's calls and passes are recorded, None while nobody wants it.
+    `tape`: where this rank's calls and passes are recorded, None while nobody wants it. `at_end`:
+    what a rank that is a thread does at its end, as a process does with `atexit`.
     """
 
     def __init__(self) -> None:
@@ -171,6 +172,7 @@ class World:
         self.owns_store = False
         self.tape: Tape | None = None
         self.stop_wanted = False  # by `notice.request_stop`, here or on another rank
+        self.at_end: list[Callable[[], None]] = []
 
     def add(self, group: ProcessGroup) -> None:
         """A group of which this rank has become a member."""
@@ -194,8 +196,9 @@ class World:
             made.arrays.close()
         if self.store is not None and self.owns_store:
             self.store.close()
-        tape = self.tape
+        tape, at_end = self.tape, self.at_end
         self.__init__()  # type: ignore[misc]
+        self.at_end = at_end
         if tape is not None:
             tape.save()
 
@@ -209,6 +212,11 @@ def current_world() -> World:
     return _installed.get(_process_world)
 
 
+def is_own_world() -> bool:
+    """Whether the world is this thread's own, not the process's."""
+    return current_world() is not _process_world
+
+
 @contextlib.contextmanager
 def own_world() -> Iterator[World]:
     """Give this thread (context) a world of its own inside the block, cleared at its end."""
@@ -217,6 +225,8 @@ def own_world() -> Iterator[World]:
     try:
         yield world
     finally:
+        for leave in world.at_end:
+            leave()
         _installed.reset(token)
         world.clear()
 

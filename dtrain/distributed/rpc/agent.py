@@ -1,10 +1,11 @@
 """One worker: calls others, serves their calls, and keeps the books of references.
 
-Owns: `Agent`. Five messages: CALL (run this; with a name, keep the result under it), FETCH (send
-the value of a reference), REPLY, CANCEL, BOOKS (of `ledger`), and DRAIN while shutting down. Rules:
-1. the I/O thread decodes envelopes and answers and keeps the books; calls are decoded and run in
-the pool. 2. A call is sent once and never again; it ends with an answer, a
-timeout or the loss of its worker. 3. What is given away is in the books before it is sent.
+Owns: `Agent`; what it does for others is the `Server`'s. Six messages: CALL (run this; with a name,
+keep the result under it), FETCH (send the value of a reference), REPLY, CANCEL, BOOKS (of
+`ledger`), and DRAIN while shutting down. Rules: 1. who moves messages reads envelopes and keeps the
+books; an answer is read by who waits for it. 2. A call is sent once and never again; it ends with
+an answer, a timeout or the loss of its worker. 3. What is given away is in the books before it is
+sent.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ from functools import partial
 from typing import Any
 
 from dtrain.comm.store.base import Store
-from dtrain.comm.work import Future
 from dtrain.distributed.rpc import failures
-from dtrain.distributed.rpc.calls import Call, RpcFuture, Statistics
+from dtrain.distributed.rpc.calls import Call, RpcFuture
 from dtrain.distributed.rpc.failures import RpcTimeout
-from dtrain.distributed.rpc.functions import is_async
 from dtrain.distributed.rpc.ledger import Name
 from dtrain.distributed.rpc.line import Line, as_buffer
 from dtrain.distributed.rpc.options import UNSET_RPC_TIMEOUT, WorkerInfo
 from dtrain.distributed.rpc.payload import Packed, pack, unpack
 from dtrain.distributed.rpc.pool import Pool, waiting
-from dtrain.distributed.rpc.references import References, shown
+from dtrain.distributed.rpc.references import References
 from dtrain.distributed.rpc.rref import RRef, called
-from dtrain.errors import DistError, PeerLost
+from dtrain.distributed.rpc.server import Server
+from dtrain.distributed.world import current_world
+from dtrain.errors import PeerLost
 
 __all__ = ["Agent"]
 
@@ -54,18 +55,27 @@ class Agent:
     ) -> None:  # fmt: skip
         self.rank, self.names, self._accepts, self.patience = rank, names, accepts, patience
         self.pool = Pool(threads, f"rpc {names[rank]}")
-        self.statistics = Statistics()
         self._line = line
         self.store: Store | None = None  # the one that was opened for this agent, to be closed
         self.references = References(self, rank, self.pool, self._post_books)
+        self._world = current_world()
+        self.server = Server(
+            names,
+            rank,
+            self.pool,
+            line.shift,
+            self.references,
+            pack=lambda to, value: self._packed(to, value, "result"),
+            unpack=self._unpacked,
+            reply=lambda to, number, well, packed: self._send(to, [REPLY, number, well], packed),
+            tape=lambda: self._world.tape,
+        )
         self._calls: dict[int, Call] = {}
         self._ids = itertools.count()
-        self._cancelled: set[tuple[int, int]] = set()
-        self._serving: set[tuple[int, int]] = set()
         self._room = [threading.BoundedSemaphore(IN_FLIGHT) for _ in names]
         self._lost: dict[int, PeerLost] = {}
         self._failed: BaseException | None = None
-        self.sent = self.served = 0
+        self.sent = 0
         self.drains: dict[tuple[int, int], list[int]] = {}  # {(round, worker): [sent, served]}
         self.moved = threading.Condition()
         line.on_envelope, line.on_message = self._note_references, self._on_message
@@ -108,7 +118,7 @@ class Agent:
         if not callable(func):
             raise TypeError(f"the function to call must be callable, got {type(func).__name__}")
         parts = [func, tuple(args or ()), dict(kwargs or {})]
-        packed = pack(parts, "call", code=self._accepts[to], reference=RRef)
+        packed = self._packed(to, parts, "call")
         what = called(func, parts[1])
         subject = [what, None if name is None else list(name)]
         return self._start(to, CALL, what, timeout, packed, subject)
@@ -119,14 +129,15 @@ class Agent:
         """Send a request; the future of its answer."""
         patience = self.patience if timeout == UNSET_RPC_TIMEOUT else float(timeout)
         future = RpcFuture(self.pool, None if to == self.rank else self._line.shift)
-        deadline = time.monotonic() + patience if patience > 0 else None
+        begun = time.monotonic()
+        deadline = begun + patience if patience > 0 else None
         if not self._room[to].acquire(blocking=False):
             with waiting():
                 if not self._room[to].acquire(timeout=patience if patience > 0 else None):
                     raise self._too_late(to, what, patience)
         number = next(self._ids)
         future._give_up = partial(self._end, number, CancelledError(), True)
-        self._calls[number] = Call(future, to, what, deadline, patience)
+        self._calls[number] = Call(future, to, what, begun, deadline, patience)
         self.sent += 1
         try:
             self._send(to, [kind, number, subject], packed)
@@ -159,12 +170,19 @@ class Agent:
         if tell and call.worker != self.rank and call.worker not in self._lost:
             self._post(call.worker, [CANCEL, number, None, [], b""])
         elif tell and call.worker == self.rank:
-            self._cancelled.add((self.rank, number))
+            self.server.cancel((self.rank, number))
         if isinstance(outcome, BaseException):
             call.future.set_exception(outcome)
         else:
             call.future.arrive(outcome)
         self._line.shift.served(call.future)
+        self._note_span(call)
+
+    def _note_span(self, call: Call) -> None:
+        tape = self._world.tape
+        if tape is not None:
+            now, worker = time.monotonic(), self.names[call.worker]
+            tape.add(call.what, "rpc", "rpc calls", call.begun, now, worker=worker)
 
     def _post(self, to: int, envelope: list[Any]) -> None:
         """Send a message of our own; whoever is gone needs it no more."""
@@ -208,19 +226,11 @@ class Agent:
                 read = partial(self._read_answer, call.what, subject, body, buffers, held)
                 self._end(number, read)
         elif kind == CALL:
-            self._serving.add((sender, number))
-            what, name = subject
-            begun = time.perf_counter()
-            task = partial(self._serve, sender, number, name, body, buffers, held, begun)
-            brief = self.statistics.brief(what)
-            if not (brief and self._line.shift.take_on(task)):
-                self.pool.submit(task)
+            self.server.call((sender, number), subject, held, body, buffers)
         elif kind == FETCH:
-            self._serving.add((sender, number))
-            self._on_fetch(sender, number, Name(*subject))
+            self.server.fetch((sender, number), Name(*subject))
         elif kind == CANCEL:
-            if (sender, number) in self._serving:
-                self._cancelled.add((sender, number))
+            self.server.cancel((sender, number))
         elif kind == BOOKS:
             self.references.hear(sender, *subject)
         elif kind == DRAIN:
@@ -241,80 +251,13 @@ class Agent:
             raise failures.told(value)
         return value
 
+    def _packed(self, to: int, value: Any, what: str) -> Packed:
+        return pack(value, what, code=self._accepts[to], reference=RRef)
+
     def _unpacked(self, body: Any, buffers: list[Any]) -> Any:
         if body is None:
             body, *buffers = buffers
         return unpack(body, buffers, self.references.handle, code=self._accepts[self.rank])
-
-    def _on_fetch(self, sender: int, number: int, name: Name) -> None:
-        made = self.references.values.get(name)
-        if made is None:
-            gone = DistError(
-                f"the value of {shown(name)} is gone: the worker that passed on this reference died"
-                " before its owner knew of it"
-            )
-            self.pool.submit(partial(self._answer, sender, number, None, gone))
-            return
-        made.add_done_callback(lambda done: self._answer_with(sender, number, done))
-
-    # ---- serving (pool)
-
-    def _serve(
-        self, sender: int, number: int, name: Any, body: Any, buffers: Any, held: Any, since: float
-    ) -> None:
-        begun = time.perf_counter()
-        if (sender, number) in self._cancelled:
-            self._answer(sender, number, name, CancelledError())
-            return
-        what = "?"
-        try:
-            func, args, kwargs = self._unpacked(body, buffers)
-            what = called(func, args)
-            result = func(*args, **kwargs)
-            if is_async(func):
-                if not isinstance(result, Future):
-                    raise TypeError(
-                        f"{what} is an async_execution function: it must return a Future, got "
-                        f"{type(result).__name__}"
-                    )
-                result.add_done_callback(lambda done: self._answer_with(sender, number, done, name))
-            else:
-                self._answer(sender, number, name, result)
-        except BaseException as error:
-            self._answer(sender, number, name, error)
-        nbytes = len(body or b"") + sum(buffer.nbytes for buffer in buffers)
-        self.statistics.add(what, nbytes, begun - since, time.perf_counter() - begun)
-
-    def _answer_with(self, sender: int, number: int, done: Future[Any], name: Any = None) -> None:
-        error = done.exception()
-        self._answer(sender, number, name, done.value() if error is None else error)
-
-    def _answer(self, sender: int, number: int, name: Any, result: Any) -> None:
-        """Send a result (an exception: an error), or keep it where there is a name for it."""
-        here = self.names[self.rank]
-        well = not isinstance(result, BaseException)
-        if name is not None:
-            cell = self.references.values.get(Name(*name))
-            if cell is not None:
-                cell.set_result(result) if well else cell.set_exception(result)
-            result = None if well else result
-        try:
-            packed = self._packed(sender, result if well else failures.tell(result, here))
-        except BaseException as error:
-            well = False
-            packed = self._packed(sender, failures.tell(error, here))
-        try:
-            if (sender, number) not in self._cancelled:
-                self._send(sender, [REPLY, number, well], packed)
-        except PeerLost:
-            _log.debug("worker %s is gone: nobody waits for the answer", self.names[sender])
-        finally:
-            self._cancelled.discard((sender, number))
-            self._serving.discard((sender, number))
-            self.served += 1
-
-    def _packed(self, to: int, value: Any) -> Packed:
-        return pack(value, "result", code=self._accepts[to], reference=RRef)
 
     # ---- references
 
@@ -367,19 +310,20 @@ class Agent:
 
     def idle(self) -> bool:
         """Whether this worker waits for nobody and runs nothing."""
-        return not self._calls and not self._serving
+        return not self._calls and not self.server.under_way
 
     def owes(self) -> list[str]:
         """What this worker waits for or still runs, in words."""
         waits = [
             f"waits for {c.what} on {self.names[c.worker]!r}" for c in list(self._calls.values())
         ]
-        return waits + [f"runs a call of {self.names[s]!r}" for s, _ in list(self._serving)]
+        under_way = list(self.server.under_way.items())
+        return waits + [f"runs {what} for {self.names[s]!r}" for (s, _), what in under_way]
 
     def tell_drain(self, turn: int) -> list[int]:
         """Tell all others how much this worker has sent and served."""
         self.references.collect()  # what was dropped is in the books before the counts are heard
-        counts = [self.sent, self.served]
+        counts = [self.sent, self.server.served]
         for worker in range(len(self.names)):
             if worker != self.rank and worker not in self._lost:
                 self._post(worker, [DRAIN, turn, counts, [], b""])
@@ -395,7 +339,7 @@ class Agent:
         return {
             **self.references.info(),
             "calls_waiting": len(self._calls),
-            "calls_served": len(self._serving),
+            "calls_served": len(self.server.under_way),
         }
 
     def close(self) -> None:

@@ -9,8 +9,6 @@ Source: torch.distributed.rpc.
 
 from __future__ import annotations
 
-import atexit
-import functools
 import logging
 import sys
 import time
@@ -82,7 +80,7 @@ def init_rpc(
     agent.store = store if owned else None
     current.install(agent)
     agent.start()
-    _leave_at_exit()
+    current.at_end(_leave)
 
 
 def _meet(options: RpcBackendOptions, rank: int, size: int | None) -> tuple[Store, int, int, bool]:
@@ -124,11 +122,6 @@ def _transport(store: Store, hosts: list[str], wishes: list[str | None]) -> str:
     if transport_for(None, store) == "local":
         return "local"
     return "unix" if len(set(hosts)) == 1 and sys.platform == "linux" else "zmq"
-
-
-@functools.cache
-def _leave_at_exit() -> None:
-    atexit.register(_leave)
 
 
 def _leave() -> None:
@@ -179,7 +172,7 @@ def statistics() -> dict[str, dict[str, float]]:
 
     Not in torch.
     """
-    table: dict[str, dict[str, float]] = current.agent().statistics.table()
+    table: dict[str, dict[str, float]] = current.agent().server.statistics.table()
     return table
 
 

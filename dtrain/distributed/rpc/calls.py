@@ -97,11 +97,15 @@ class RpcFuture(Future[Any]):
 
 @dataclass(slots=True)
 class Call:
-    """A call to `worker` that has no answer yet; `deadline` by time.monotonic(), None: never."""
+    """A call to `worker` that has no answer yet.
+
+    Times are by time.monotonic(); a `deadline` of None never comes.
+    """
 
     future: RpcFuture
     worker: int
     what: str
+    begun: float
     deadline: float | None
     timeout: float
 

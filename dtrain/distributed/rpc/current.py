@@ -6,11 +6,14 @@ agent any more. 3. Threads of an agent run in the context in which it was made.
 
 from __future__ import annotations
 
+import atexit
+import functools
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from dtrain.distributed.world import World, current_world
+from dtrain.distributed.world import World, current_world, is_own_world
 
 _agents: WeakKeyDictionary[World, Any] = WeakKeyDictionary()
 
@@ -34,6 +37,21 @@ def install(made: Any) -> None:
         _agents.pop(current_world(), None)
     else:
         _agents[current_world()] = made
+
+
+def at_end(leave: Callable[[], None]) -> None:
+    """Call `leave` once when this rank ends, a process or a thread."""
+    if is_own_world():
+        ends = current_world().at_end
+        if leave not in ends:
+            ends.append(leave)
+    else:
+        _at_exit(leave)
+
+
+@functools.cache
+def _at_exit(leave: Callable[[], None]) -> None:
+    atexit.register(leave)
 
 
 def installed() -> Any:

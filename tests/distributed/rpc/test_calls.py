@@ -11,13 +11,16 @@ import pickle
 import signal
 import threading
 from concurrent.futures import CancelledError
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
 
 import dtrain as torch
 from dtrain.distributed import rpc
+from dtrain.distributed.world import current_world
 from dtrain.errors import DistError, PeerLost
+from dtrain.tape import Tape
 from dtrain.testing.distributed import run_distributed
 from dtrain.testing.world import run_ranks
 
@@ -323,6 +326,35 @@ def test_statistics_count_by_function():
     world(2, main)
 
 
+def test_calls_are_on_the_timeline_of_both():
+    def main():
+        assert rpc.rpc_sync("w1", record) is None
+        tape = record()
+        assert rpc.rpc_sync("w1", add, (1, 2)) == 3
+        (mine,) = [event for event in tape.events if event.lane == "rpc calls"]
+        (theirs,) = rpc.rpc_sync("w1", spans)
+        assert theirs[:3] == [f"{__name__}.add", "rpc served", {"worker": "w0", "queued": ANY}]
+        assert mine.name == theirs[0]
+        assert mine.args == {"worker": "w1"}
+        assert mine.begun <= theirs[3] <= theirs[4] <= mine.ended
+
+    world(2, main)
+
+
+def record():
+    world, tape = current_world(), Tape(0, 2)
+    world.record_on(tape)
+    return tape if rpc.get_worker_info().name == "w0" else None
+
+
+def spans():
+    return [
+        [e.name, e.lane, dict(e.args), e.begun, e.ended]
+        for e in current_world().tape.events
+        if e.name.endswith(".add") and e.lane == "rpc served"
+    ]
+
+
 def served_here():
     return rpc.statistics()
 
@@ -373,6 +405,20 @@ def test_shutdown_after_its_timeout_says_who_owes_what():
 
     _gate.clear()
     run_distributed(2, main)
+
+
+def test_a_rank_that_fails_holds_up_nobody():
+    def main():
+        if torch.distributed.get_rank() == 0:
+            raise Mistake("not yours", 1)
+
+    def ranks():
+        rpc.init_rpc(f"w{torch.distributed.get_rank()}")
+        main()
+        rpc.shutdown()
+
+    with pytest.raises(Mistake):
+        run_distributed(3, ranks, timeout=15)
 
 
 def in_processes(how):

@@ -1,0 +1,170 @@
+"""What one worker does for others: runs their calls, sends the values of references.
+
+Owns: `Server`, the calls that are under way here, and their counters. Rules: 1. a call is decoded
+and run in the pool, or by an attendant of the line where its function has been short so far. 2. A
+call that was cancelled before it began is not run; what was cancelled later is not answered. 3.
+Every request is counted as served exactly once, whatever becomes of its answer.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import CancelledError
+from functools import partial
+from typing import Any
+
+from dtrain.comm.work import Future
+from dtrain.distributed.rpc import failures
+from dtrain.distributed.rpc.calls import Statistics
+from dtrain.distributed.rpc.functions import is_async
+from dtrain.distributed.rpc.ledger import Name
+from dtrain.distributed.rpc.payload import Packed
+from dtrain.distributed.rpc.pool import Pool
+from dtrain.distributed.rpc.references import References, shown
+from dtrain.distributed.rpc.rref import called
+from dtrain.distributed.rpc.shift import Shift
+from dtrain.errors import DistError, PeerLost
+from dtrain.tape import Tape
+
+__all__ = ["Server"]
+
+_log = logging.getLogger("dtrain.rpc")
+
+# Which worker asks, and the number it gave to its request.
+Request = tuple[int, int]
+
+
+class Server:
+    """Serves the requests that come to worker `rank` of those called `names`.
+
+    `pack(to, value)`, `unpack(body, buffers)` and `reply(to, number, well, packed)` are the
+    agent's; `tape()` is where spans are recorded, None while nobody wants them.
+    """
+
+    def __init__(
+        self,
+        names: list[str],
+        rank: int,
+        pool: Pool,
+        shift: Shift,
+        references: References,
+        *,
+        pack: Callable[[int, Any], Packed],
+        unpack: Callable[[Any, list[Any]], Any],
+        reply: Callable[[int, int, bool, Packed], None],
+        tape: Callable[[], Tape | None],
+    ) -> None:
+        self.statistics = Statistics()
+        self.served = 0
+        self.under_way: dict[Request, str] = {}  # and what each of them is
+        self._names, self._here = names, names[rank]
+        self._pool, self._shift, self._references = pool, shift, references
+        self._pack, self._unpack, self._reply, self._tape = pack, unpack, reply, tape
+        self._cancelled: set[Request] = set()
+
+    def call(
+        self, request: Request, subject: list[Any], held: Any, body: Any, buffers: list[Any]
+    ) -> None:
+        """Run the function in `body`; `held` keeps the references in it until then."""
+        what, name = subject
+        self.under_way[request] = what
+        made = None if name is None else Name(*name)
+        task = partial(self._run, request, made, held, body, buffers, time.monotonic())
+        self._begin(task, brief=self.statistics.brief(what))
+
+    def fetch(self, request: Request, name: Name) -> None:
+        """Send the value called `name`, when it is there."""
+        self.under_way[request] = f"to_here of {shown(name)}"
+        cell = self._references.values.get(name)
+        if cell is None:
+            gone = DistError(
+                f"the value of {shown(name)} is gone: the worker that passed on this reference died"
+                " before its owner knew of it"
+            )
+            self._begin(partial(self._answer, request, None, gone), brief=True)
+        elif cell.done():
+            self._begin(partial(self._answer_with, request, None, cell), brief=True)
+        else:
+            cell.add_done_callback(partial(self._answer_with, request, None))
+
+    def cancel(self, request: Request) -> None:
+        """Nobody waits for `request` any more."""
+        if request in self.under_way:
+            self._cancelled.add(request)
+
+    def _begin(self, task: Callable[[], None], *, brief: bool) -> None:
+        if not (brief and self._shift.take_on(task)):
+            self._pool.submit(task)
+
+    def _run(
+        self, request: Request, name: Name | None, held: Any, body: Any, buffers: Any, came: float
+    ) -> None:
+        if request in self._cancelled:
+            self._answer(request, name, CancelledError())
+            return
+        begun = ended = time.monotonic()
+        what = "?"
+        try:
+            func, args, kwargs = self._unpack(body, buffers)
+            what = called(func, args)
+            begun = time.monotonic()
+            try:
+                result = func(*args, **kwargs)
+            finally:
+                ended = time.monotonic()
+            if is_async(func):
+                _need_future(what, result)
+                result.add_done_callback(partial(self._answer_with, request, name))
+            else:
+                self._answer(request, name, result)
+        except BaseException as error:
+            self._answer(request, name, error)
+        nbytes = len(body or b"") + sum(buffer.nbytes for buffer in buffers)
+        self.statistics.add(what, nbytes, begun - came, ended - begun)
+        tape = self._tape()
+        if tape is not None:
+            about = {"worker": self._names[request[0]], "queued": begun - came}
+            tape.add(what, "rpc", "rpc served", begun, ended, **about)
+
+    def _answer_with(self, request: Request, name: Name | None, done: Future[Any]) -> None:
+        error = done.exception()
+        self._answer(request, name, done.value() if error is None else error)
+
+    def _answer(self, request: Request, name: Name | None, result: Any) -> None:
+        """Send a result (an exception: an error), or keep it where there is a name for it."""
+        well = not isinstance(result, BaseException)
+        if name is not None:
+            cell = self._references.values.get(name)
+            if cell is not None:
+                cell.set_result(result) if well else cell.set_exception(result)
+            result = None if well else result
+        try:
+            if request not in self._cancelled:
+                self._send(request, well, result)
+        except PeerLost:
+            _log.debug("worker %s is gone: nobody waits", self._names[request[0]])
+        finally:
+            self.under_way.pop(request, None)
+            self._cancelled.discard(request)
+            self.served += 1
+
+    def _send(self, request: Request, well: bool, result: Any) -> None:
+        sender, number = request
+        try:
+            value = result if well else failures.tell(result, self._here)
+            self._reply(sender, number, well, self._pack(sender, value))
+        except PeerLost:
+            raise
+        except BaseException as error:  # the result cannot travel, the error can
+            told = failures.tell(error, self._here)
+            self._reply(sender, number, False, self._pack(sender, told))
+
+
+def _need_future(what: str, result: Any) -> None:
+    if not isinstance(result, Future):
+        raise TypeError(
+            f"{what} is an async_execution function: it must return a Future, got "
+            f"{type(result).__name__}"
+        )
