@@ -287,7 +287,7 @@ class Agent:
         for worker, loss in list(self._line.lost.items()):
             if worker not in self._lost:
                 self._lose(worker, loss)
-        for number, call in list(self._calls.items()):
+        for number, call in self._calls.copy().items():
             if call.deadline is not None and now >= call.deadline:
                 self._end(number, self._too_late(call.worker, call.what, call.timeout), True)
         self.references.collect()
@@ -295,7 +295,7 @@ class Agent:
     def _lose(self, worker: int, loss: PeerLost) -> None:
         self._lost[worker] = loss
         self.references.lose(worker)
-        for number, call in list(self._calls.items()):
+        for number, call in self._calls.copy().items():
             if call.worker == worker:
                 self._end(number, self._loss(worker, call.what))
         with self.moved:
@@ -303,7 +303,7 @@ class Agent:
 
     def _fail(self, error: BaseException) -> None:
         self._failed = error
-        for number in list(self._calls):
+        for number in self._calls.copy():
             self._end(number, error)
 
     # ---- the end
@@ -315,9 +315,9 @@ class Agent:
     def owes(self) -> list[str]:
         """What this worker waits for or still runs, in words."""
         waits = [
-            f"waits for {c.what} on {self.names[c.worker]!r}" for c in list(self._calls.values())
+            f"waits for {c.what} on {self.names[c.worker]!r}" for c in self._calls.copy().values()
         ]
-        under_way = list(self.server.under_way.items())
+        under_way = self.server.under_way.copy().items()
         return waits + [f"runs {what} for {self.names[s]!r}" for (s, _), what in under_way]
 
     def tell_drain(self, turn: int) -> list[int]:

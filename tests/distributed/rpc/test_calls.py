@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickle
-import signal
 import threading
 from concurrent.futures import CancelledError
 from unittest.mock import ANY
@@ -19,38 +18,8 @@ import pytest
 import dtrain as torch
 from dtrain.distributed import rpc
 from dtrain.distributed.world import current_world
-from dtrain.errors import DistError, PeerLost
 from dtrain.tape import Tape
-from dtrain.testing.distributed import run_distributed
-from dtrain.testing.world import run_ranks
-
-
-def world(size, main, *args, over=None, threads=4, **options):
-    """`main(*args)` on worker 0; the others, threads too, serve until all shut down."""
-
-    def rank_main():
-        return served(main, over, threads, options, *args)
-
-    return run_distributed(size, rank_main)[0]
-
-
-def served(main, over, threads, options, *args):
-    rank = torch.distributed.get_rank()
-    settings = rpc.TensorPipeRpcBackendOptions(
-        num_worker_threads=threads, rpc_timeout=20, _transports=over and [over]
-    )
-    rpc.init_rpc(f"w{rank}", rpc_backend_options=settings, **options)
-    result = main(*args) if rank == 0 else None
-    rpc.shutdown(timeout=20)
-    return result
-
-
-def add(a, b):
-    return a + b
-
-
-def echo(value):
-    return value
+from tests.distributed.rpc.worlds import add, echo, until, world
 
 
 def whoami():
@@ -259,16 +228,6 @@ def owned():
     return rpc.get_debug_info()["owned"]
 
 
-def until(condition):
-    """Wait for what no message tells of; the books are swept every 50 ms."""
-    pause = threading.Event()
-    for _ in range(200):
-        if condition():
-            return
-        pause.wait(0.02)
-    raise AssertionError(f"not in time: {condition}")
-
-
 def test_a_value_lives_as_long_as_anybody_holds_it():
     def main():
         reference = rpc.remote("w1", echo, ("value",))
@@ -318,7 +277,7 @@ def test_statistics_count_by_function():
     def main():
         for _ in range(3):
             rpc.rpc_sync("w1", add, (1, 2))
-        row = rpc.rpc_sync("w1", served_here)[f"{__name__}.add"]
+        row = rpc.rpc_sync("w1", served_here)[f"{add.__module__}.add"]
         assert row["calls"] == 3
         assert 0 < row["bytes"] < 1000
         assert row["run_seconds"] > 0
@@ -333,7 +292,7 @@ def test_calls_are_on_the_timeline_of_both():
         assert rpc.rpc_sync("w1", add, (1, 2)) == 3
         (mine,) = [event for event in tape.events if event.lane == "rpc calls"]
         (theirs,) = rpc.rpc_sync("w1", spans)
-        assert theirs[:3] == [f"{__name__}.add", "rpc served", {"worker": "w0", "queued": ANY}]
+        assert theirs[:3] == [f"{add.__module__}.add", "rpc served", {"worker": "w0", "queued": ANY}]
         assert mine.name == theirs[0]
         assert mine.args == {"worker": "w1"}
         assert mine.begun <= theirs[3] <= theirs[4] <= mine.ended
@@ -367,103 +326,3 @@ def test_ten_thousand_calls_in_flight_leave_nothing():
         assert (info["calls_waiting"], info["pinned"], info["owned"]) == (0, 0, {})
 
     world(2, main)
-
-
-def test_before_init_and_twice():
-    with pytest.raises(RuntimeError, match="RPC has not been initialized"):
-        rpc.rpc_sync("w1", echo, (1,))
-
-    def main():
-        with pytest.raises(RuntimeError, match="already initialized"):
-            rpc.init_rpc("again")
-
-    world(1, main)
-
-
-def test_names_are_checked():
-    with pytest.raises(ValueError, match="Worker name must match"):
-        rpc.init_rpc("a b")
-
-    def both():
-        with pytest.raises(ValueError, match=r"'same' is not unique: ranks \[0, 1\]"):
-            rpc.init_rpc("same")
-
-    run_distributed(2, both)
-
-
-def test_shutdown_after_its_timeout_says_who_owes_what():
-    def main():
-        rank = torch.distributed.get_rank()
-        rpc.init_rpc(f"w{rank}")
-        if rank == 0:
-            with pytest.raises(DistError, match=r"others have not called shutdown.*'w1'"):
-                rpc.shutdown(timeout=0.2)
-            _gate.set()
-        else:
-            _gate.wait(20)
-            rpc.shutdown(graceful=False)
-
-    _gate.clear()
-    run_distributed(2, main)
-
-
-def test_a_rank_that_fails_holds_up_nobody():
-    def main():
-        if torch.distributed.get_rank() == 0:
-            raise Mistake("not yours", 1)
-
-    def ranks():
-        rpc.init_rpc(f"w{torch.distributed.get_rank()}")
-        main()
-        rpc.shutdown()
-
-    with pytest.raises(Mistake):
-        run_distributed(3, ranks, timeout=15)
-
-
-def in_processes(how):
-    rank = torch.distributed.get_rank()
-    rpc.init_rpc(f"w{rank}")
-    if rank == 0:
-        large = torch.arange(3_000_000, dtype=torch.float32)  # several chunks
-        assert torch.equal(rpc.rpc_sync("w1", echo, (large,)), large)
-        assert rpc.rpc_sync("w1", ping_pong, (3,)) == "w0"
-        assert [f.wait() for f in [rpc.rpc_async("w1", add, (i, 1)) for i in range(300)]][-1] == 300
-        held = rpc.remote("w1", echo, (1,))
-        assert held.to_here() == 1
-    if how == "killed":
-        if rank == 0:
-            killed(held)
-        else:
-            threading.Event().wait(20)
-    rpc.shutdown(timeout=20)
-
-
-def killed(held):
-    with pytest.raises(PeerLost, match=r"call of .*\.die: worker 'w1'"):
-        rpc.rpc_sync("w1", die, timeout=0)
-    with pytest.raises(PeerLost, match="worker 'w1'"):
-        held.to_here()
-    with pytest.raises(PeerLost, match="worker 'w1'"):
-        rpc.rpc_sync("w1", echo, (1,))
-
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_processes_over_sockets():
-    run_distributed(2, in_processes, "well", transport="zmq", processes=True)
-
-
-def killing(group, how):
-    from dtrain.testing.distributed import joined
-
-    with joined(group):
-        in_processes(how)
-
-
-def test_a_killed_worker_fails_calls_at_once_and_holds_up_no_shutdown():
-    outcomes = run_ranks(2, killing, "killed", transport="zmq", processes=True, timeout=30)
-    assert outcomes[0].error is None
-    assert outcomes[1].status == -signal.SIGKILL

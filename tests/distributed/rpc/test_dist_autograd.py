@@ -15,7 +15,7 @@ from dtrain.distributed import autograd as dist_autograd, rpc
 from dtrain.distributed.autograd.contexts import contexts
 from dtrain.distributed.autograd.edges import Key, send_node
 from dtrain.testing.distributed import run_distributed
-from tests.distributed.rpc.test_calls import served, until, world
+from tests.distributed.rpc.worlds import served, until, world
 
 
 def values(*shape, seed=0):
@@ -117,7 +117,7 @@ def over_sockets():
 
 
 def over_sockets_served():
-    return served(over_sockets, 2, 4, {})
+    return served(over_sockets, "zmq", 4, {})
 
 
 def test_processes_over_sockets():

@@ -11,7 +11,7 @@ import dtrain as torch
 from dtrain.distributed import autograd as dist_autograd, rpc
 from dtrain.distributed.nn import RemoteModule
 from dtrain.distributed.nn.api import remote_module
-from tests.distributed.rpc.test_calls import world
+from tests.distributed.rpc.worlds import world
 
 nn = torch.nn
 
