@@ -292,7 +292,11 @@ def test_calls_are_on_the_timeline_of_both():
         assert rpc.rpc_sync("w1", add, (1, 2)) == 3
         (mine,) = [event for event in tape.events if event.lane == "rpc calls"]
         (theirs,) = rpc.rpc_sync("w1", spans)
-        assert theirs[:3] == [f"{add.__module__}.add", "rpc served", {"worker": "w0", "queued": ANY}]
+        assert theirs[:3] == [
+            f"{add.__module__}.add",
+            "rpc served",
+            {"worker": "w0", "queued": ANY},
+        ]
         assert mine.name == theirs[0]
         assert mine.args == {"worker": "w1"}
         assert mine.begun <= theirs[3] <= theirs[4] <= mine.ended
