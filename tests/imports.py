@@ -59,7 +59,7 @@ ABOVE = (
     ("futures", "multiprocessing"),
     ("distributed", "distributed.fsdp.wrap"),
     ("nn.parallel", "inductor", "profiler", "elastic"),
-    ("distributed.fsdp",),
+    ("distributed.fsdp", "distributed.checkpoint"),
     ("testing",),
     ("__main__",),
     ("",),  # dtrain itself: the public names

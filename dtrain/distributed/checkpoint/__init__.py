@@ -34,11 +34,19 @@ from dtrain.distributed.checkpoint.planner import (
     SavePlanner as SavePlanner,
     WriteItem as WriteItem,
 )
+from dtrain.distributed.checkpoint.staging import (
+    AsyncStager as AsyncStager,
+    DefaultStager as DefaultStager,
+    StagingOptions as StagingOptions,
+)
 from dtrain.distributed.checkpoint.state_dict_loader import (
     load as load,
     load_state_dict as load_state_dict,
 )
 from dtrain.distributed.checkpoint.state_dict_saver import (
+    AsyncCheckpointerType as AsyncCheckpointerType,
+    AsyncSaveResponse as AsyncSaveResponse,
+    async_save as async_save,
     save as save,
     save_state_dict as save_state_dict,
 )

@@ -111,6 +111,10 @@ def read_exactly(file: int, begin: int, view: memoryview) -> None:
         begin, view = begin + count, view[count:]
 
 
+def _bytes(array: Array) -> memoryview:
+    return memoryview(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+
+
 def read_box(
     file: int, begin: int, chunk: Sequence[int], offsets: Sequence[int], dtype: Any, out: Array
 ) -> None:
@@ -124,11 +128,11 @@ def read_box(
     row = int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize
     first = begin + start[0] * row
     if sizes[1:] == shape[1:] and out.flags.c_contiguous and out.dtype == dtype:
-        read_exactly(file, first, memoryview(out.reshape(-1).view(np.uint8)))
+        read_exactly(file, first, _bytes(out))
         return
     step = max(1, PIECE // row)
     columns = tuple(slice(o, o + n) for o, n in zip(start[1:], sizes[1:], strict=True))
     for top in range(0, sizes[0], step):
         rows = np.empty((min(step, sizes[0] - top), *shape[1:]), dtype)
-        read_exactly(file, first + top * row, memoryview(rows.reshape(-1).view(np.uint8)))
+        read_exactly(file, first + top * row, _bytes(rows))
         np.copyto(out[top : top + len(rows)], rows[(slice(None), *columns)], casting="unsafe")

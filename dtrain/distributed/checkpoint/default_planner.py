@@ -82,13 +82,14 @@ def own_chunk(fqn: str, tensor: Any) -> ChunkStorageMetadata | None:
     return ChunkStorageMetadata(*map(Size, spec.box))
 
 
-def _array(tensor: Any) -> Any:
+def array_of(tensor: Any) -> Any:
+    """The memory of a tensor on this rank."""
     return tensor._data if isinstance(tensor, Tensor) else tensor
 
 
 def _properties(tensor: Any) -> TensorProperties:
     gradient = isinstance(tensor, Tensor) and tensor.requires_grad
-    return TensorProperties(dtypes.from_numpy(_array(tensor).dtype), gradient)
+    return TensorProperties(dtypes.from_numpy(array_of(tensor).dtype), gradient)
 
 
 def _written(fqn: str, leaf: Any) -> WriteItem | None:
@@ -238,7 +239,7 @@ class DefaultSavePlanner(SavePlanner):
         """What is written for a leaf: this rank's part, or the JSON text."""
         if write_item.type is WriteItemType.BYTE_IO:
             return io.BytesIO(dumped(object, write_item.index.fqn))
-        return make(_array(object))
+        return make(array_of(object))
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         """This rank's part of a tensor, sharing memory, or a value's JSON text."""
@@ -298,10 +299,10 @@ def _complaint(fqn: str, leaf: Any, stored: Any, content: Mapping[str, Any]) -> 
             f"Size mismatch between saved {list(stored.size)} and current: "
             f"{list(whole_shape(leaf))} for {fqn}"
         )
-    saved, own = stored.properties.dtype.numpy, _array(leaf).dtype
+    saved, own = stored.properties.dtype.numpy, array_of(leaf).dtype
     if not np.can_cast(saved, own, "same_kind") and "bfloat16" not in (saved.name, own.name):
         return f"{fqn} is {own.name}, in the checkpoint {saved.name}: values would be lost"
-    if not _array(leaf).flags.writeable:
+    if not array_of(leaf).flags.writeable:
         return f"{fqn} is read-only: loading writes into it"
     return ""
 
@@ -365,7 +366,7 @@ class DefaultLoadPlanner(LoadPlanner):
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         """This rank's part of a tensor, sharing memory."""
-        return make(_array(self.state_dict[index.fqn]))  # type: ignore[no-any-return]
+        return make(array_of(self.state_dict[index.fqn]))  # type: ignore[no-any-return]
 
     def transform_tensor(self, read_item: ReadItem, tensor: Tensor) -> Tensor:
         """The box of this rank's part into which the piece goes."""

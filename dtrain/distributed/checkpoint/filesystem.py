@@ -37,6 +37,7 @@ from dtrain.distributed.checkpoint.planner import (
     WriteItem,
     WriteItemType,
 )
+from dtrain.distributed.checkpoint.staging import BlockingAsyncStager
 from dtrain.distributed.checkpoint.storage import (
     CheckpointId,
     StorageReader,
@@ -77,7 +78,7 @@ class _Folder:
         return checkpoint_id is not None and "://" not in os.fspath(checkpoint_id)
 
 
-class FileSystemWriter(_Folder, StorageWriter):
+class FileSystemWriter(_Folder, BlockingAsyncStager, StorageWriter):
     """Saves checkpoints into folders.
 
     `path`: the folder, unless `save` has a `checkpoint_id`. `thread_count`: files a rank writes at
@@ -85,8 +86,9 @@ class FileSystemWriter(_Folder, StorageWriter):
     power cut the checkpoint may be damaged, which loading notices. `overwrite=False` refuses a
     folder that has a checkpoint. `keep` (not in torch): after a save that many checkpoints of the
     series remain (`step-100`, `step-90`, ...: names that end in numbers), older ones are deleted.
+    `cache_staged_state_dict`: `async_save` keeps its copy's memory for the next save.
     Accepted and ignored: `single_file_per_rank` (it is one file a thread), `per_thread_copy_ahead`,
-    `cache_staged_state_dict`, `_extensions` and `serialization_format` (safetensors).
+    `_extensions` and `serialization_format` (safetensors).
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class FileSystemWriter(_Folder, StorageWriter):
         keep: int | None = None,
     ) -> None:
         super().__init__(path)
+        BlockingAsyncStager.__init__(self, cache_staged_state_dict)
         if thread_count < 1 or (keep is not None and keep < 1):
             raise ValueError(f"thread_count={thread_count} and keep={keep} must be 1 or more")
         self.sync_files, self.thread_count = sync_files, thread_count
