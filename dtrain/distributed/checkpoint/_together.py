@@ -34,6 +34,11 @@ class Together:
         self.coordinator = first
         self.is_coordinator = self.rank == first
 
+    def issue(self, call: Any) -> None:
+        """Make a call on arrays, which a rank alone need not."""
+        if self.group is not None:
+            self.group.issue(call)
+
     def each(self, what: str, work: Callable[[], T]) -> list[T]:
         """The results of `work` on all ranks, in their order; CheckpointException on all ranks."""
         value, told, own = _attempt(work)

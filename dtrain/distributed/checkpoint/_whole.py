@@ -30,7 +30,6 @@ from dtrain.distributed.checkpoint.default_planner import (
 from dtrain.distributed.checkpoint.metadata import (
     Metadata,
     MetadataIndex,
-    TensorStorageMetadata,
 )
 from dtrain.distributed.tensor import DTensor
 
@@ -64,24 +63,22 @@ class WholeTensors:
 
     def _collected(self, fqn: str) -> Array | None:
         entry: Any = self.metadata.state_dict_metadata[fqn]
-        assert isinstance(entry, TensorStorageMetadata)
-        ranks, whole = self.ranks, None
-        for chunk in entry.chunks:
-            holder = self._holders[MetadataIndex(fqn, chunk.offsets)]
-            own = array_of(self.tensors[fqn]) if holder == ranks.rank else None
-            if ranks.rank != 0:
-                if own is not None:
-                    ranks.group.issue(Send(np.asarray(own, order="C"), 0))  # type: ignore[union-attr]
-                continue
-            if own is not None and chunk.sizes == entry.size:
-                return own
-            if whole is None:
-                whole = np.empty(entry.size, entry.properties.dtype.numpy)
+        holders = [self._holders[MetadataIndex(fqn, chunk.offsets)] for chunk in entry.chunks]
+        own = array_of(self.tensors[fqn]) if self.ranks.rank in holders else None
+        if self.ranks.rank != 0:
+            if own is not None:
+                self.ranks.issue(Send(np.asarray(own, order="C"), 0))
+            return None
+        if own is not None and own.shape == entry.size:
+            return own  # type: ignore[no-any-return]
+        whole = np.empty(entry.size, entry.properties.dtype.numpy)
+        for chunk, holder in zip(entry.chunks, holders, strict=True):
+            part = own
+            if holder != 0:
+                part = np.empty(chunk.sizes, whole.dtype)
+                self.ranks.issue(Recv(part, holder))
             box = tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))
-            if own is None:
-                own = np.empty(chunk.sizes, whole.dtype)
-                ranks.group.issue(Recv(own, holder))  # type: ignore[union-attr]
-            whole[box] = own
+            whole[box] = part
         return whole
 
 
@@ -119,8 +116,7 @@ def spread_whole(
         whole = np.empty(shape, dtypes.BY_NAME[dtype].numpy)
         if ranks.rank == 0:
             whole = np.asarray(array_of(flat[key]), order="C")
-        if ranks.group is not None:
-            ranks.group.issue(calls.Broadcast(whole, 0))
+        ranks.issue(calls.Broadcast(whole, 0))
         leaves[key] = own_part(key, whole)
     return unflatten_state_dict(leaves, paths)
 
