@@ -58,8 +58,10 @@ COMM = (
 ABOVE = (
     ("futures", "multiprocessing"),
     ("distributed", "distributed.fsdp.wrap"),
-    ("nn.parallel", "inductor", "profiler", "elastic"),
+    ("nn.parallel", "inductor", "profiler"),
     ("distributed.fsdp", "distributed.checkpoint"),
+    ("distributed.elastic",),
+    ("elastic",),
     ("testing",),
     ("__main__",),
     ("",),  # dtrain itself: the public names
