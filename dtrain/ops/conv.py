@@ -41,26 +41,49 @@ def _conv_forward(
     x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, *, geometry: Geometry
 ) -> np.ndarray:
     matrices = _weight_matrices(weight, geometry.groups)
-    windows = Windows(geometry, x.dtype)
+    if geometry.pointwise:
+        out = np.matmul(matrices, _by_group(x, geometry.groups))
+    else:
+        out = _products(x, matrices, geometry)
+    if bias is not None:
+        out += bias.reshape(*matrices.shape[:2], 1)
+    return out.reshape(len(x), len(weight), *geometry.out)
+
+
+def _products(x: np.ndarray, matrices: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """The windows of all images times the weights, (N, groups, O / groups, pixels)."""
     rows, columns = geometry.out
     out = np.empty((len(x), *matrices.shape[:2], rows * columns), x.dtype)
-    for image, result in zip(x, out, strict=True):
-        for pixels, values in windows.matrices(image):
-            np.matmul(matrices, values, out=result[:, :, pixels])
-        if bias is not None:
-            result += bias.reshape(*matrices.shape[:2], 1)
-    return out.reshape(len(x), len(weight), rows, columns)
+    across = _across(matrices)
+    for images, pixels, values in Windows(geometry, x.dtype, len(x)).matrices(x):
+        out[images, :, :, pixels] = _channels_first(np.matmul(values, across), images)
+    return out
+
+
+def _across(matrices: np.ndarray) -> np.ndarray:
+    """The weights as columns: windows times these is a third faster than with rows, (A B^T)."""
+    return np.ascontiguousarray(matrices.transpose(0, 2, 1))
+
+
+def _channels_first(product: np.ndarray, images: slice) -> np.ndarray:
+    """(groups, pixels of all images, channels) as (N, groups, channels, pixels)."""
+    groups, _, channels = product.shape
+    parts = product.reshape(groups, images.stop - images.start, -1, channels)
+    return parts.transpose(1, 0, 3, 2)
+
+
+def _side_by_side(part: np.ndarray) -> np.ndarray:
+    """(N, groups, channels, pixels) as (groups, channels, pixels of all images)."""
+    return part.transpose(1, 2, 0, 3).reshape(*part.shape[1:3], -1)
 
 
 def _weight_grad_forward(x: np.ndarray, g: np.ndarray, *, geometry: Geometry) -> np.ndarray:
     groups, (height, width) = geometry.groups, geometry.kernel
     channels = geometry.image[0] // groups
-    windows = Windows(geometry, x.dtype)
     grads = _by_group(g, groups)
     total = np.zeros((*grads.shape[1:3], height * width * channels), g.dtype)
-    for image, grad in zip(x, grads, strict=True):
-        for pixels, values in windows.matrices(image):
-            total += np.matmul(grad[:, :, pixels], values.transpose(0, 2, 1))
+    for images, pixels, values in Windows(geometry, x.dtype, len(x)).matrices(x):
+        total += np.matmul(_side_by_side(grads[images, :, :, pixels]), values)
     last = total.reshape(g.shape[1], height, width, channels)
     return np.ascontiguousarray(last.transpose(0, 3, 1, 2))
 
@@ -77,7 +100,7 @@ def _input_grad_forward(g: np.ndarray, weight: np.ndarray, *, geometry: Geometry
         windows.clear()
         for rows, pixels in windows.strips():
             windows.add(rows, np.matmul(grad[:, pixels], matrices))
-        np.copyto(result, windows.inner.transpose(2, 0, 1))
+        np.copyto(result, windows.inner[0].transpose(2, 0, 1))
     return out
 
 
@@ -115,13 +138,11 @@ def _both_grads(
     """The gradients of input and weight from the same windows of g, which are made once."""
     groups, (height, width) = geometry.groups, geometry.kernel
     matrices = _weight_matrices(_mirrored(weight, groups), groups)
-    windows = Windows(back, g.dtype)
-    images = _by_group(x, groups)
-    dx, total = np.empty_like(images), np.zeros_like(matrices)
-    for image, grad, result in zip(images, g, dx, strict=True):
-        for pixels, values in windows.matrices(grad):
-            np.matmul(matrices, values, out=result[:, :, pixels])
-            total += np.matmul(image[:, :, pixels], values.transpose(0, 2, 1))
+    across, inputs = _across(matrices), _by_group(x, groups)
+    dx, total = np.empty_like(inputs), np.zeros_like(matrices)
+    for images, pixels, values in Windows(back, g.dtype, len(g)).matrices(g):
+        dx[images, :, :, pixels] = _channels_first(np.matmul(values, across), images)
+        total += np.matmul(_side_by_side(inputs[images, :, :, pixels]), values)
     # (groups, channels, mirrored kernel, outputs) to (groups * outputs, channels, kernel)
     parts = total.reshape(groups, -1, height, width, weight.shape[0] // groups)
     dweight = parts[:, :, ::-1, ::-1].transpose(0, 4, 1, 2, 3)

@@ -191,8 +191,8 @@ def _unfold_forward(x: np.ndarray, *, geometry: Geometry) -> np.ndarray:
     channels, (rows, columns), (height, width) = geometry.image[0], geometry.out, geometry.kernel
     out = np.empty((len(x), channels, height, width, rows, columns), x.dtype)
     for image, result in zip(x, out, strict=True):
-        np.copyto(view.inner, image.transpose(1, 2, 0))
-        np.copyto(result, view.view[0].transpose(4, 2, 3, 0, 1))
+        np.copyto(view.inner[0], image.transpose(1, 2, 0))
+        np.copyto(result, view.view[0, 0].transpose(4, 2, 3, 0, 1))
     return out.reshape(len(x), channels * height * width, rows * columns)
 
 
@@ -205,7 +205,7 @@ def _fold_forward(columns: np.ndarray, *, geometry: Geometry) -> np.ndarray:
         windows.clear()
         for rows, pixels in windows.strips():
             windows.add(rows, part[pixels][None])
-        np.copyto(result, windows.inner.transpose(2, 0, 1))
+        np.copyto(result, windows.inner[0].transpose(2, 0, 1))
     return out
 
 

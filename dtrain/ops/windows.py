@@ -1,8 +1,8 @@
 """Sliding windows over images as matrices (im2col), and back: what convolutions are made of.
 
-Rules: one image at a time, so that its matrix stays in cache; inside, pixels are rows of channels
-(channels last), because windows are then copied in long runs and the matrix products read them
-as they are. Large images are worked through in strips of output rows.
+Rules: as many images at a time as have a matrix that stays in cache, and large ones in strips of
+output rows; inside, pixels are rows of channels (channels last), because windows are then copied in
+long runs and the matrix products read them as they are.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from functools import cached_property
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-TILE = 1 << 20  # elements of the matrix of windows held at a time
+# Elements of the matrix of windows held at a time. Six 3x3 convolutions and their gradients, batch
+# 32, float32, 2 MiB L2: 85 ms with 128 Ki and 256 Ki, 90 ms with 512 Ki, 96 ms with 1 Mi.
+TILE = 1 << 18
 
 Pair = tuple[int, int]
 
@@ -55,32 +57,36 @@ class Geometry:
 
 
 class Windows:
-    """The windows of one image after the other, in buffers that are used again.
+    """The windows of some images after the other, in buffers that are used again.
 
-    Matrices are (groups, kernel height * kernel width * channels of a group, output pixels).
+    `count`: how many images there are, or 1 where they are to be taken one at a time.
+    Matrices are (groups, output pixels, kernel height * kernel width * channels of a group).
     """
 
-    def __init__(self, geometry: Geometry, dtype: np.dtype) -> None:
+    def __init__(self, geometry: Geometry, dtype: np.dtype, count: int = 1) -> None:
         self.geometry = geometry
         channels, height, width = geometry.image
         (top, _), (left, _) = geometry.padding
-        self.canvas = np.zeros((*geometry.padded, channels), dtype)
-        self.inner = self.canvas[top : top + height, left : left + width]
         rows, columns = geometry.out
         per_row = max(1, columns * channels * geometry.kernel[0] * geometry.kernel[1])
         self.rows = max(1, min(rows, TILE // per_row))
+        self.count = max(1, min(count, TILE // (rows * per_row)))
+        self.canvas = np.zeros((self.count, *geometry.padded, channels), dtype)
+        self.inner = self.canvas[:, top : top + height, left : left + width]
         self.view = self._view()
-        self.buffer = np.empty((geometry.groups, self.rows, *self.view.shape[2:]), dtype)
+        self.buffer = np.empty(
+            (geometry.groups, self.count, self.rows, *self.view.shape[3:]), dtype
+        )
 
     def _view(self) -> np.ndarray:
-        """The canvas as (groups, out rows, out columns, kernel rows, kernel columns, channels)."""
+        """The canvas as (groups, images, out rows, out columns, kernel rows, columns, channels)."""
         g = self.geometry
-        y, x, c = self.canvas.strides
+        image, y, x, c = self.canvas.strides
         channels = g.image[0] // g.groups
         return as_strided(
             self.canvas,
-            (g.groups, *g.out, *g.kernel, channels),
-            (channels * c, y * g.stride[0], x * g.stride[1], y * g.dilation[0],
+            (g.groups, self.count, *g.out, *g.kernel, channels),
+            (channels * c, image, y * g.stride[0], x * g.stride[1], y * g.dilation[0],
              x * g.dilation[1], c),
         )  # fmt: skip
 
@@ -91,26 +97,32 @@ class Windows:
             stop = min(start + self.rows, rows)
             yield slice(start, stop), slice(start * columns, stop * columns)
 
-    def matrices(self, image: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-        """For each strip of `image` (channels, height, width): its pixels, its windows."""
-        g = self.geometry
-        if g.pointwise:
-            yield slice(None), image.reshape(g.groups, g.image[0] // g.groups, -1)
+    def matrices(self, images: np.ndarray) -> Iterator[tuple[slice, slice, np.ndarray]]:
+        """Of `images` (N, channels, height, width): which ones, which of their pixels, and the
+        windows of these, those of the first image first.
+        """
+        groups = self.geometry.groups
+        if self.geometry.pointwise:  # nothing to copy, then
+            for i, image in enumerate(images):
+                values = image.reshape(groups, image.shape[0] // groups, -1)
+                yield slice(i, i + 1), slice(None), values.transpose(0, 2, 1)
             return
-        np.copyto(self.inner, image.transpose(1, 2, 0))
-        for rows, pixels in self.strips():
-            part = self.buffer[:, : rows.stop - rows.start]
-            np.copyto(part, self.view[:, rows])
-            count = pixels.stop - pixels.start
-            yield pixels, part.reshape(g.groups, count, -1).transpose(0, 2, 1)
+        for start in range(0, len(images), self.count):
+            part = images[start : start + self.count]
+            np.copyto(self.inner[: len(part)], part.transpose(0, 2, 3, 1))
+            for rows, pixels in self.strips():
+                room = self.buffer[:, : len(part), : rows.stop - rows.start]
+                np.copyto(room, self.view[:, : len(part), rows])
+                count = len(part) * (pixels.stop - pixels.start)
+                yield slice(start, start + len(part)), pixels, room.reshape(groups, count, -1)
 
     def clear(self) -> None:
         self.canvas[...] = 0
 
     def add(self, rows: slice, windows: np.ndarray) -> None:
-        """Add (groups, pixels, elements) to the places on the canvas that they came from."""
-        parts = windows.reshape(-1, rows.stop - rows.start, *self.view.shape[2:])
-        target = self.view[:, rows]
+        """Add (groups, pixels, elements) of the one image to where on the canvas they came from."""
+        parts = windows.reshape(-1, rows.stop - rows.start, *self.view.shape[3:])
+        target = self.view[:, 0, rows]
         for i in range(parts.shape[3]):
             for j in range(parts.shape[4]):
                 place = target[:, :, :, i, j]

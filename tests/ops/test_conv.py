@@ -37,12 +37,13 @@ def by_loop(x, weight, stride, padding, dilation, groups):
     kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     options=st.tuples(st.integers(1, 3), st.integers(0, 2), st.integers(1, 2)),
     groups=st.sampled_from([1, 2, 4]),
-    tile=st.sampled_from([1, 100, 1 << 20]),
+    tile=st.sampled_from([1, 100, 2000, 4000, 1 << 20]),
 )
 def test_conv2d_is_its_definition_in_strips_of_any_size(sizes, kernel, options, groups, tile):
+    """Also where two of the three images are taken together, and the last one alone."""
     stride, padding, dilation = options
     random = np.random.RandomState(0)
-    x, weight = random.randn(2, 4, *sizes), random.randn(8, 4 // groups, *kernel)
+    x, weight = random.randn(3, 4, *sizes), random.randn(8, 4 // groups, *kernel)
     leaves = [dtrain.tensor(a, requires_grad=True) for a in (x, weight)]
     before, windows.TILE = windows.TILE, tile
     try:
