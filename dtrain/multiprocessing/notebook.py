@@ -60,7 +60,7 @@ def notebook_launcher(
         raise ValueError(f"num_processes must be at least 1, got {num_processes}")
     with _letters(count + 1) as (task, *reports):
         write_letter(task, _packed(function, args))
-        flags = [f"--nproc-per-node={count}", f"--max-restarts={max_restarts}"]
+        flags = ["--standalone", f"--nproc-per-node={count}", f"--max-restarts={max_restarts}"]
         if log_line_prefix_template is not None:
             flags.append(f"--log-line-prefix-template={log_line_prefix_template}")
         code = _run([*flags, "-m", _RANK, *map(path_of, (task, *reports))])

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from dtrun import debug, keeper, options, output, secret
+from dtrun import debug, keeper, options, output, placement, secret
 from dtrun.agent import Agent
 from dtrun.cluster import ClusterAgent
 from dtrun.keeper import CANNOT_START, PATIENCE_SECONDS
@@ -103,12 +103,17 @@ def make_parser() -> Parser:
 def parse(argv: Sequence[str]) -> Spec:
     """The checked launch; exits with code 2 and one line when something is wrong."""
     parser = make_parser()
-    given, unknown = parser.parse_known_args(argv)
+    given, unknown = parser.parse_known_args(argv, placement.blank(os.environ))
     _refuse_unknown(parser, unknown)
     try:
-        return options.spec_from(given)
+        place = placement.settle(given, parser.get_default, os.environ)
+        spec = options.spec_from(given)
     except ValueError as error:
         parser.error(str(error))
+    if place is not None and place.node_rank == 0:
+        told = placement.line(place, given.nnodes, spec.master_addr, spec.master_port)
+        print(f"dtrun: {told}", file=sys.stderr)
+    return spec
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,8 +8,10 @@ and the number of the attempt. 3. A file that others can read is no secret.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
+from collections.abc import Mapping
 
 NAME = "secret"  # in the run directory of an attempt
 LEAST, MOST = 32, 4096  # bytes
@@ -46,6 +48,30 @@ def read(path: str) -> Secret:
     return Secret(content)
 
 
+def of_home(environ: Mapping[str, str]) -> str:
+    """The path of the user's own secret in the home directory, made if it is not there.
+
+    Nodes of a cluster share the home, and see the same one. ValueError says why it cannot be had.
+    """
+    home = environ.get("HOME") or os.path.expanduser("~")
+    path = os.path.join(home, ".local", "state", "dtrain", NAME)
+    if os.path.exists(path):
+        return path
+    draft = f"{path}.{os.uname().nodename}.{os.getpid()}"
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        _create(draft, fresh().encode())
+        with contextlib.suppress(FileExistsError):  # another node was quicker: its secret counts
+            os.link(draft, path)
+        os.unlink(draft)
+    except OSError as error:
+        raise ValueError(
+            f"cannot make a secret for the nodes at {path}: {error.strerror}. Make one that all "
+            "can read (dtrun keygen) and name it with --secret-file"
+        ) from None
+    return path
+
+
 def check(path: str, status: os.stat_result) -> None:
     """ValueError unless the file is its owner's alone, and the owner is this user or root."""
     me = os.geteuid()
@@ -64,9 +90,11 @@ def check(path: str, status: os.stat_result) -> None:
 
 def hand_over(run_dir: str, content: bytes) -> None:
     """Put the secret where the ranks of this attempt look for it."""
-    descriptor = os.open(
-        os.path.join(run_dir, NAME), os.O_WRONLY | os.O_CREAT | os.O_EXCL, stat.S_IRUSR
-    )
+    _create(os.path.join(run_dir, NAME), content)
+
+
+def _create(path: str, content: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, stat.S_IRUSR)
     try:
         os.write(descriptor, content)
     finally:
