@@ -8,10 +8,11 @@ are closed when nobody is inside.
 from __future__ import annotations
 
 import os
+import time
 from abc import abstractmethod
 
 from dtrain.comm.transports.base import Transport, seconds_left
-from dtrain.errors import PeerLost
+from dtrain.errors import DistError, PeerLost
 
 __all__ = ["PumpedTransport"]
 
@@ -44,6 +45,16 @@ class PumpedTransport(Transport):
             with box.lock:
                 self._pumping = False
                 box.changed.notify_all()
+
+    def _await_loss(self, peer: int, patience: float) -> DistError:
+        """How `peer` was lost, to whom nothing can be sent: what it sent last may say.
+
+        Takes in what arrives, and gives it to nobody: who sends is not who listens.
+        """
+        end = time.monotonic() + patience
+        while peer not in self.mailbox.lost and time.monotonic() < end:
+            self._advance(self.mailbox.version, time.monotonic() + patience / 10)
+        return self.mailbox.lost.get(peer, PeerLost(peer)).copy()
 
     def abandon(self) -> None:
         if self._leave():

@@ -249,10 +249,7 @@ class UnixTransport(PumpedTransport):
 
     def _loss_of(self, peer: int) -> DistError:
         """Read to the end what `peer`, who has closed its end, has sent: was there a goodbye?"""
-        end = time.monotonic() + _GRACE
-        while peer not in self.mailbox.lost and time.monotonic() < end:
-            self._advance(self.mailbox.version, time.monotonic() + _GRACE / 10)
-        return self.mailbox.lost.get(peer, PeerLost(peer)).copy()
+        return self._await_loss(peer, _GRACE)
 
     def flush(self, deadline: float) -> None:
         while (dst := self._unwritten()) is not None:

@@ -35,7 +35,7 @@ from dtrain.comm.transports.base import Peer, rendezvous, seconds_left
 from dtrain.comm.transports.mailbox import ANY_SOURCE, Array, as_bytes
 from dtrain.comm.transports.network import Network, own_address
 from dtrain.comm.transports.pumped import PumpedTransport
-from dtrain.errors import PeerLost, TransportTimeout
+from dtrain.errors import DistError, PeerLost, TransportTimeout
 from dtrain.processes import ENDED, STOPPED, state_of
 from dtrain.wire import CHUNK, Header, WireError, pack, unpack
 
@@ -195,12 +195,10 @@ class ZmqTransport(PumpedTransport):
                 security.connect(self._outbox, self._peers[peer].address)
             self._connected.add(peer)
 
-    def _loss_of(self, peer: int) -> PeerLost:
+    def _loss_of(self, peer: int) -> DistError:
         """Wait until it is known whether `peer`, whose connection broke, died or said goodbye."""
         self._suspects.setdefault(peer, time.monotonic())
-        self.wait_until(lambda: peer in self.mailbox.lost, time.monotonic() + 5 * GRACE)
-        loss = self.mailbox.lost.get(peer, PeerLost(peer))
-        return PeerLost(peer, orderly=loss.orderly)
+        return self._await_loss(peer, 5 * GRACE)
 
     def flush(self, deadline: float) -> None:
         while self._in_flight:

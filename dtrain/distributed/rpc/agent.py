@@ -40,6 +40,9 @@ CALL, FETCH, REPLY, CANCEL, BOOKS, DRAIN = range(6)
 # A body beyond this goes beside its envelope, which must fit into one frame.
 _INLINE = 64 * 1024
 
+# How often one asks those who are waited for whether messages are missing, in seconds.
+_CHECK = 1.0
+
 # Calls to one worker without an answer; whoever wants more waits.
 IN_FLIGHT = 4096
 
@@ -78,6 +81,7 @@ class Agent:
         self.sent = 0
         self.drains: dict[tuple[int, int], list[int]] = {}  # {(round, worker): [sent, served]}
         self.moved = threading.Condition()
+        self._draining, self._next_check = False, 0.0
         line.on_envelope, line.on_message = self._note_references, self._on_message
         line.chores, line.on_failure = self._chores, self._fail
 
@@ -291,6 +295,12 @@ class Agent:
             if call.deadline is not None and now >= call.deadline:
                 self._end(number, self._too_late(call.worker, call.what, call.timeout), True)
         self.references.collect()
+        if now >= self._next_check:
+            self._next_check = now + _CHECK
+            everybody = range(len(self.names)) if self._draining else ()
+            waited_for = {call.worker for call in self._calls.copy().values()}.union(everybody)
+            for worker in waited_for - {self.rank} - self._lost.keys():
+                self._line.check(worker)
 
     def _lose(self, worker: int, loss: PeerLost) -> None:
         self._lost[worker] = loss
@@ -323,7 +333,7 @@ class Agent:
     def tell_drain(self, turn: int) -> list[int]:
         """Tell all others how much this worker has sent and served."""
         self.references.collect()  # what was dropped is in the books before the counts are heard
-        counts = [self.sent, self.server.served]
+        counts, self._draining = [self.sent, self.server.served], True
         for worker in range(len(self.names)):
             if worker != self.rank and worker not in self._lost:
                 self._post(worker, [DRAIN, turn, counts, [], b""])

@@ -4,7 +4,9 @@ Owns: `Line`, one worker's end, over a transport of the comm tower (which authen
 chunks and notices deaths), moved by a `Shift`. Rules: 1. `send` may be called by any thread and
 waits for nobody. 2. `on_message(sender, envelope, buffers)` is called by the thread that moves
 messages, once all buffers are there; `on_envelope(sender, envelope)` before, in the order of
-sending.
+sending. 3. Envelopes are numbered: one that comes twice is heard once; who misses one takes the
+sender for lost and tells it so, as nothing that follows makes sense. `check` finds out whether the
+last ones are missing.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,6 +35,10 @@ _log = logging.getLogger("dtrain.rpc")
 # Below, an array that goes through the kernel costs less than one in memory that both share.
 _HANDED = 32 * 1024
 
+# What a message says in the place of its number: "so many have I sent, what about you?", the answer
+# to that, "you are lost to me".
+_ASK, _TELL, _LOST = -1, -2, -3
+
 # An envelope ends with [tag, bytes, place in shared memory] of each buffer.
 _Waiting = tuple[int, list[Any], list[Receive]]
 
@@ -42,6 +49,10 @@ class Line:
     def __init__(self, transport: Transport, name: str) -> None:
         self._transport = transport
         self._tags = itertools.count(1)
+        # A message gets its number and is sent in one step.
+        self._order = [threading.Lock() for _ in range(transport.size)]
+        self._sent = [0] * transport.size
+        self._heard = [0] * transport.size
         self._waiting: list[_Waiting] = []
         self.shift = Shift(self._move, self._do_chores, self._fail, name)
         self.on_envelope: Callable[[int, list[Any]], None]
@@ -74,24 +85,55 @@ class Line:
             places.append([tag, buffer.nbytes, place])
             if place == NOWHERE:
                 rest.append((tag, buffer if steady else buffer.copy()))
-        self._transport.tell(to, dumps([*envelope, places]))
+        with self._order[to]:
+            self._sent[to] += 1
+            self._transport.tell(to, dumps([self._sent[to], *envelope, places]))
         for tag, buffer in rest:
             self._transport.send(to, tag, buffer)
 
+    def check(self, worker: int) -> None:
+        """Find out whether messages are missing on either side."""
+        self._say(worker, _ASK)
+
+    def _say(self, worker: int, what: int, *about: Any) -> None:
+        with self._order[worker], contextlib.suppress(PeerLost):  # then it is known
+            self._transport.tell(worker, dumps([what, self._sent[worker], *about]))
+
     def _take(self, sender: int, body: bytes) -> None:
         try:
-            *envelope, places = loads(body)
+            number, *envelope = loads(body)
+            if number == _LOST:
+                self._transport.mailbox.lose(sender, PeerLost(sender, how=str(envelope[1])))
+                return
+            self._count(sender, envelope[0] if number < 0 else number - 1)
+            if number == _ASK:
+                self._say(sender, _TELL)
+            if number < 0 or number <= self._heard[sender]:
+                return
+            self._heard[sender] = number
+            places = envelope.pop()
             self.on_envelope(sender, envelope)
             posted = [self._post(sender, *place) for place in places]
         except PeerLost:  # it died after the envelope
             return
         except (WireError, ValueError, TypeError) as error:
-            self._transport.distrust(sender, error)
+            self._give_up(sender, error)
             return
         if all(receive.done for receive in posted):
             self._hand_on((sender, envelope, posted))
         else:
             self._waiting.append((sender, envelope, posted))
+
+    def _give_up(self, sender: int, error: Exception) -> None:
+        _log.warning("worker %d is lost: what it sent is not what was expected: %s", sender, error)
+        self._say(sender, _LOST, f"it gave this worker up, of which it has heard: {error}")
+        loss = PeerLost(sender, how=f"what it sent is not what was expected: {error}")
+        self._transport.mailbox.lose(sender, loss)
+
+    def _count(self, sender: int, sent: int) -> None:
+        """So many messages of `sender` must have been heard."""
+        if sent > self._heard[sender]:
+            raise WireError(f"{sent - self._heard[sender]} of {sent} messages have not arrived")
 
     def _post(self, sender: int, tag: int, nbytes: int, place: int) -> Receive:
         if place == NOWHERE:

@@ -117,3 +117,27 @@ def test_a_killed_worker_fails_calls_at_once_and_holds_up_no_shutdown():
     outcomes = run_ranks(2, killing, "killed", transport="zmq", processes=True, timeout=30)
     assert outcomes[0].error is None
     assert outcomes[1].status == -signal.SIGKILL
+
+
+def process():
+    return os.getpid()
+
+
+def stopping():
+    rank = torch.distributed.get_rank()
+    rpc.init_rpc(f"w{rank}")
+    if rank == 0:
+        other = rpc.rpc_sync("w1", process)
+        os.kill(other, signal.SIGSTOP)
+        try:
+            with pytest.raises(rpc.RpcTimeout, match="add on worker 'w1' has not answered"):
+                rpc.rpc_sync("w1", add, (1, 2), timeout=0.3)
+            later = rpc.rpc_async("w1", add, (3, 4))
+        finally:
+            os.kill(other, signal.SIGCONT)
+        assert later.wait() == 7
+    rpc.shutdown(timeout=20)
+
+
+def test_a_stopped_worker_is_not_a_dead_one():
+    run_distributed(2, stopping, transport="zmq", processes=True)
