@@ -62,7 +62,8 @@ def make_parser() -> Parser:
         usage="dtrun [flags] training_script [script arguments]",
         description="Start the ranks of a distributed program on this machine and watch them; "
         "or, as dtrun keygen, print a new secret for --secret-file; as dtrun doctor, look whether "
-        "this host can run them; as dtrun debug, show what the ranks of a run do. "
+        "this host can run them; as dtrun debug, show what the ranks of a run do; as dtrun k8s or "
+        "dtrun slurm, print a manifest for these flags. "
         "Each flag takes its default from PET_<NAME>, as in torchrun.",
         allow_abbrev=False,
     )
@@ -129,6 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from dtrun import doctor  # what it needs, a launch does not
 
         return doctor.main(argv[1:])
+    if list(argv[:1]) in (["k8s"], ["slurm"]):
+        return _print_manifest(argv[0], argv[1:])
     spec = parse(argv)
     try:
         run_dir = make_run_dir(os.environ)
@@ -144,6 +147,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         lambda: remove_run_dir(run_dir),
         lambda: PATIENCE_SECONDS + (spec.shutdown_timeout if any_heeds(run_dir) else 0.0),
     )
+
+
+def _print_manifest(kind: str, argv: Sequence[str]) -> int:
+    from dtrun import manifests
+
+    parser = make_parser()
+
+    def flags(argv: Sequence[str]) -> argparse.Namespace:
+        given, unknown = parser.parse_known_args(argv, placement.blank({}))
+        _refuse_unknown(parser, unknown)
+        return given
+
+    try:
+        print(manifests.main(kind, argv, flags), end="")
+    except ValueError as error:
+        parser.error(str(error))
+    return 0
 
 
 def _refuse_unknown(parser: Parser, unknown: Sequence[str]) -> None:
