@@ -50,8 +50,8 @@ class Draft:
         with suppress(OSError):
             fcntl.flock(self._held, fcntl.LOCK_EX)
 
-    def publish(self, sync: bool = True) -> None:
-        """Give it its name, wait for the disk, then delete what had the name before.
+    def publish(self, sync: bool = True) -> Path | None:
+        """Give it its name and wait for the disk. Returns where what had the name before is now.
 
         OSError when it could not: then what had the name has it still, or again.
         """
@@ -67,8 +67,7 @@ class Draft:
                 move(self.target, self.path)
                 raise
         os.close(self._held)
-        if replaces:
-            discard(self.path)
+        return self.path if replaces else None
 
     def give_up(self) -> None:
         """Delete it, if it is still a draft."""

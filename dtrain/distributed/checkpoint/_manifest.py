@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain import dtypes
-from dtrain.distributed.checkpoint._values import to_json
+from dtrain.distributed.checkpoint._values import from_json, to_json
 from dtrain.distributed.checkpoint.api import DamagedCheckpoint
 from dtrain.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -29,6 +29,7 @@ from dtrain.tensor import Size
 NAME = "manifest.json"
 FORMAT = "dtrain checkpoint 1"
 LIMIT = 64 << 20  # bytes; a larger one is an error, or an attack
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _FILE_NAME = re.compile(r"[\w-]+(\.[\w-]+)*")
 _WRONG = (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError)
 
@@ -112,13 +113,17 @@ def parse(text: bytes) -> Metadata:
     if _sealed(document) != text:
         raise ValueError("it does not have its own digest")
     files = document["files"]
-    for name in files:
+    for name, file in files.items():
         if not _FILE_NAME.fullmatch(name):
             raise ValueError(f"the file name {name!r}")
+        if not (_natural(file["size"]) and _DIGEST.fullmatch(file["sha256"])):
+            raise ValueError(f"{name} has the size and digest {file}")
     content: dict[str, Any] = {fqn: BytesStorageMetadata() for fqn in document["values"]}
     chunks = {}
     for fqn, entry in document["tensors"].items():
         content[fqn], chunks[fqn] = _tensor(fqn, entry, files)
+    for value in document["values"].values():
+        from_json(value)  # raises
     paths = {key: tuple(key.split(".")) for key in content}
     paths |= {key: tuple(map(_step, path)) for key, path in document["paths"].items()}
     held = {"files": files, "chunks": chunks, "values": document["values"]}
@@ -126,7 +131,16 @@ def parse(text: bytes) -> Metadata:
 
 
 def _step(step: Any) -> Any:
-    return tuple(step["!tuple"]) if type(step) is dict else step
+    """A key, or (index,) of a list."""
+    if type(step) is dict and len(step["!tuple"]) == 1 and _natural(step["!tuple"][0]):
+        return tuple(step["!tuple"])
+    if type(step) not in (str, int):
+        raise ValueError(f"the step {step!r} of a path")
+    return step
+
+
+def _natural(number: Any) -> bool:
+    return type(number) is int and number >= 0
 
 
 def _tensor(fqn: str, entry: Any, files: Any) -> tuple[TensorStorageMetadata, list[Any]]:
@@ -136,7 +150,11 @@ def _tensor(fqn: str, entry: Any, files: Any) -> tuple[TensorStorageMetadata, li
     places = [(c[2], c[3]) for c in entry["chunks"]]
     check_cover(fqn, size, chunks)
     for chunk, (name, begin) in zip(chunks, places, strict=True):
-        if not 0 <= begin <= files[name]["size"] - chunk.volume * dtype.itemsize:
+        box = (*chunk.offsets, *chunk.sizes, begin)
+        if (
+            not all(map(_natural, box))
+            or begin > files[name]["size"] - chunk.volume * dtype.itemsize
+        ):
             raise ValueError(f"{fqn}: the chunk {chunk} is not inside {name}")
     properties = TensorProperties(dtype, bool(entry["requires_grad"]))
     return TensorStorageMetadata(properties, size, chunks), places

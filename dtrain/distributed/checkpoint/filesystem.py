@@ -162,12 +162,12 @@ class FileSystemWriter(_Folder, BlockingAsyncStager, StorageWriter):
             _check_visible(draft.path / name, file["size"])
         with _disk.NewFile(draft.path / _manifest.NAME, self.sync_files) as file:
             file.write(_manifest.build(metadata))
-        draft.publish(self.sync_files)
+        replaced = draft.publish(self.sync_files)
         self._draft = None
-        if self.keep is not None:
-            for old in _series.series_of(self.path)[self.keep :]:
-                if old != self.path:
-                    discard(old)
+        excess = [] if self.keep is None else _series.series_of(self.path)[self.keep :]
+        for old in (replaced, *excess):
+            if old not in (None, self.path):
+                discard(old)
 
     def give_up(self) -> None:
         """Delete what was written of a save that failed."""
