@@ -2,11 +2,13 @@
 
     python examples/train_gpt.py                                    # one process
     dtrun --standalone --nproc-per-node 2 examples/train_gpt.py     # two ranks, the same losses
+    dtrun --standalone --nproc-per-node 2 examples/train_gpt.py --fsdp    # each holds a half
 
 With `import torch` instead of `import dtrain as torch` it runs under torchrun, the same way.
 """
 
 import argparse
+import importlib
 import math
 import os
 import sysconfig
@@ -68,22 +70,48 @@ def batch_of(text, size, context, seed):
     return pieces[:, :-1].contiguous(), pieces[:, 1:].contiguous()
 
 
-def save(path, model, optimizer):
-    """Model and optimizer in one safetensors file, published by one rename."""
-    tensors = {f"model.{k}": v.numpy() for k, v in model.state_dict().items()}
+def shard(model):
+    """Divide parameters, gradients and optimizer state among ranks, a unit for each block."""
+    fully_shard = importlib.import_module(f"{dist.__name__}.fsdp").fully_shard
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+
+
+def whole(value):
+    """The array of a tensor, of one that is divided among ranks, too: all of them ask for it."""
+    return (value.full_tensor() if hasattr(value, "full_tensor") else value).numpy()
+
+
+def placed(array, like):
+    """A tensor divided among ranks as `like` is, if that is."""
+    value = torch.from_numpy(array)
+    if not value.ndim or not hasattr(like, "device_mesh"):
+        return value
+    return dist.tensor.distribute_tensor(value, like.device_mesh, like.placements)
+
+
+def save(path, model, optimizer, rank):
+    """Model and optimizer in one safetensors file, published by one rename of rank 0."""
+    tensors = {f"model.{k}": whole(v) for k, v in model.state_dict().items()}
     for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{k}": v.numpy() for k, v in state.items()}
-    save_file(tensors, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+        tensors |= {f"optimizer.{i}.{k}": whole(v) for k, v in state.items()}
+    if rank == 0:
+        save_file(tensors, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
 
 
 def load(path, model, optimizer):
     """Restore what `save` wrote; returns the number of steps it had done."""
     saved, state = load_file(path), optimizer.state_dict()
-    model.load_state_dict({k[6:]: torch.from_numpy(saved[k]) for k in saved if k[0] == "m"})
+    parameters = optimizer.param_groups[0]["params"]
+    model.load_state_dict(
+        {k: placed(saved[f"model.{k}"], v) for k, v in model.state_dict().items()}
+    )
     for key in (k for k in saved if k[0] == "o"):
         _, index, name = key.split(".")
-        state["state"].setdefault(int(index), {})[name] = torch.from_numpy(saved[key])
+        value = placed(saved[key], parameters[int(index)])
+        state["state"].setdefault(int(index), {})[name] = value
     optimizer.load_state_dict(state)
     return int(state["state"][0]["step"])
 
@@ -101,6 +129,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="a file to learn from, instead of the standard library")
     parser.add_argument("--checkpoint", default="gpt.safetensors", help="written every 40 steps")
+    parser.add_argument("--fsdp", action="store_true", help="fully sharded, not replicated")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
     for option, default in {"steps": 800, "batch-size": 16, "context": 64, "seed": 0}.items():
         parser.add_argument(f"--{option}", type=int, default=default, help=f"default {default}")
@@ -114,9 +143,12 @@ def main():
     text = read_text(args.data)
     train, valid = text[: -len(text) // 10], text[-len(text) // 10 :]
     model = GPT(args.context)
+    if args.fsdp:
+        shard(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
     first = load(args.checkpoint, model, optimizer) if args.resume else 0
-    ddp = nn.parallel.DistributedDataParallel(model) if launched else model
+    replicated = launched and not args.fsdp
+    ddp = nn.parallel.DistributedDataParallel(model) if replicated else model
     share, begin = args.batch_size // world, time.time()
     for step in range(first, args.steps):
         cosine = 0.55 + 0.45 * math.cos(math.pi * step / args.steps)
@@ -138,9 +170,10 @@ def main():
                 speed, left = args.batch_size * args.context / pace, pace * (args.steps - 1 - step)
                 print(f"step {step:4d}  loss {mean.item():.4f}  valid {held_out.item():.4f}  "
                       f"{speed:6.0f} tokens/s  {left:3.0f} s left", flush=True)  # fmt: skip
-                save(args.checkpoint, model, optimizer)
+            save(args.checkpoint, model, optimizer, rank)
+    text = sample(model, "def ", 240)
     if rank == 0:
-        print(sample(model, "def ", 240))
+        print(text)
     if launched:
         dist.destroy_process_group()
 

@@ -63,11 +63,12 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_train_gpt_learns_and_a_crash_changes_nothing(tmp_path):
+@pytest.mark.parametrize("kind", [[], ["--fsdp"]], ids=["replicated", "fully sharded"])
+def test_train_gpt_learns_and_a_crash_changes_nothing(tmp_path, kind):
     """50 steps in one go, and 41 steps, a crash and a resume, end with the same bits."""
     script = EXAMPLES / "train_gpt.py"
     whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
-    once = dtrun(2, script, "--checkpoint", whole, *SMALL)
+    once = dtrun(2, script, "--checkpoint", whole, *SMALL, *kind)
     assert once.code == 0, once.err
     steps = LOSS.findall(once.out)
     assert [int(step) for step, _, _ in steps] == [0, 40, 49]
@@ -75,9 +76,10 @@ def test_train_gpt_learns_and_a_crash_changes_nothing(tmp_path):
     assert float(steps[-1][1]) < 4.0
 
     (tmp_path / "crash.py").write_text(CRASH)
-    crashed = dtrun(2, tmp_path / "crash.py", script, "--checkpoint", parts, *SMALL)
+    crash = [tmp_path / "crash.py", script]
+    crashed = dtrun(2, *crash, "--checkpoint", parts, *SMALL, *kind)
     assert crashed.code == 3, crashed.err
-    resumed = dtrun(2, script, "--resume", "--checkpoint", parts, *SMALL)
+    resumed = dtrun(2, script, "--resume", "--checkpoint", parts, *SMALL, *kind)
     assert resumed.code == 0, resumed.err
     assert LOSS.findall(resumed.out) == steps[2:]
     ours, theirs = load_file(parts), load_file(whole)

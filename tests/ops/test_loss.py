@@ -25,6 +25,16 @@ def test_cross_entropy_of_huge_scores_is_finite():
     assert x.grad.tolist() == [[1.0, -1.0, 0.0]]
 
 
+@pytest.mark.parametrize("dtype", [dtrain.bfloat16, dtrain.float16, dtrain.float64])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_gradient_of_cross_entropy_has_the_dtype_of_the_scores(dtype, smoothing):
+    x = dtrain.tensor([[1.0, 2.0, 0.0]], dtype=dtype, requires_grad=True)
+    scores, seen = x * 1, []
+    scores.register_hook(lambda grad: seen.append(grad.dtype))
+    F.cross_entropy(scores, ints(1), label_smoothing=smoothing).backward()
+    assert seen == [dtype]
+
+
 def test_cross_entropy_of_nothing_counted_is_nan():
     assert math.isnan(F.cross_entropy(R(2, 5), ints(-100, -100)).item())
 

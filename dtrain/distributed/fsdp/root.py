@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from dtrain.distributed.fsdp.state import ModuleState
 
 LIMIT = 2
+_LARGE = 32 << 20  # bytes: below, giving memory back takes longer than it is worth
 
 
 class Root:
@@ -58,7 +59,8 @@ class Root:
         self._flights: deque[Flight] = deque()
         self._forwards: list[ModuleState] = []  # as their forwards began in this pass
         self._before: list[ModuleState] = []  # and in the one before
-        return_freed_memory()  # what the whole parameters took when the model was made
+        if sum(unit.home.array.nbytes for unit in units) >= _LARGE:
+            return_freed_memory()  # what the whole parameters took when the model was made
 
     # ---- fences
 
@@ -148,7 +150,10 @@ class Root:
             self._next += 1
 
     def _reduce(self, unit: Unit) -> None:
-        if not unit.sync or not any(p._requires_grad for p in unit.sharded):
+        if not any(p._requires_grad for p in unit.sharded):
+            return
+        if not unit.sync:
+            unit.keep()
             return
         try:
             while len(self._flights) >= LIMIT:

@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dtrain.autograd.grad_mode import enable_grad
 from dtrain.autograd.node import make
 from dtrain.autograd.value import PARTS
+from dtrain.distributed.device_mesh import DeviceMesh
 from dtrain.distributed.tensor._api import DTensor, DTensorParameter, wrap
 from dtrain.distributed.tensor._dtensor_spec import DTensorSpec
+from dtrain.distributed.tensor.placement_types import Replicate, Shard, _StridedShard
 from dtrain.flat import Array
 from dtrain.nn.parameter import Parameter
 from dtrain.tensor import rebuild
@@ -95,9 +98,36 @@ class Sharded(DTensorParameter):
 PARTS[Sharded] = PARTS[DTensor]
 
 
-def sharded_parameter(local: Array, original: Parameter, spec: DTensorSpec, unit: Unit) -> Sharded:
-    """What this rank owns of `original`, as a DTensor parameter."""
-    sharded: Any = wrap(make(local), spec, Sharded)
+def sharded_parameter(local: Array, original: Parameter, mesh: DeviceMesh, unit: Unit) -> Sharded:
+    """What this rank owns of `original`, as a DTensor parameter.
+
+    If that is a DTensor already, cut along another axis of the same mesh of all, its parts are cut.
+    """
+    sharded: Any = wrap(make(local), _spec_of(original, mesh), Sharded)
     sharded._requires_grad = original._requires_grad
     sharded._fsdp = unit
     return sharded  # type: ignore[no-any-return]
+
+
+def _spec_of(original: Parameter, mesh: DeviceMesh) -> DTensorSpec:
+    replicas = (Replicate(),) * (mesh.ndim - 1)
+    if not isinstance(original, DTensor):
+        return DTensorSpec(mesh, (*replicas, Shard(0)), tuple(original.shape))
+    other, places = original._spec.mesh, original._spec.placements
+    root = mesh._get_root_mesh()
+    if other.ndim != 1 or other._get_root_mesh() != root or root == mesh:
+        raise ValueError(
+            f"fully_shard over {mesh} of a parameter that is a DTensor over {other}: expected an "
+            "axis of the same mesh, beside those of fully_shard"
+        )
+    cut = _StridedShard(0, split_factor=other.size()) if places[0].is_shard(0) else Shard(0)
+    both = root[(*mesh.mesh_dim_names, *other.mesh_dim_names)]
+    return DTensorSpec(both, (*replicas, cut, *places), original._spec.shape)
+
+
+def facing(whole: Whole, spec: DTensorSpec | None) -> Any:
+    """What stands in modules for the whole: itself, or the DTensor of `spec` whose part it is."""
+    if spec is None:
+        return whole
+    with enable_grad():
+        return wrap(whole, spec)

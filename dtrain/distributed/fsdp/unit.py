@@ -11,6 +11,7 @@ Each verb may be called in every state; what is done already is not done again.
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,9 +26,7 @@ from dtrain.comm.work import Work
 from dtrain.distributed.device_mesh import DeviceMesh
 from dtrain.distributed.fsdp.layout import Layout
 from dtrain.distributed.fsdp.memory import Pool, home_for
-from dtrain.distributed.fsdp.sharded import sharded_parameter, whole_parameter
-from dtrain.distributed.tensor._dtensor_spec import DTensorSpec
-from dtrain.distributed.tensor.placement_types import Replicate, Shard
+from dtrain.distributed.fsdp.sharded import facing, sharded_parameter, whole_parameter
 from dtrain.distributed.world import ProcessGroup
 from dtrain.flat import Array
 
@@ -77,22 +76,22 @@ class Unit:
         self.slots, self.precision = slots, precision
         self.group: ProcessGroup = mesh.get_group(mesh.ndim - 1)
         self.replicas: ProcessGroup | None = mesh.get_group(0) if mesh.ndim == 2 else None
-        placements = (Replicate(), Shard(0))[2 - mesh.ndim :]
         rank = self.group.rank()
         arrays = [p._data for p in parameters]
         self.layout = Layout([a.shape for a in arrays], arrays[0].dtype, self.group.size())
         self.home = home_for(self.layout, self.group, precision.whole, given_back=given_back)
         self.state = State.SHARDED
-        self.sharded, self.whole = [], []
+        self.sharded, self.whole, self._faces = [], [], []
         views = self.layout.views(self.home.array)
         for index, parameter in enumerate(parameters):
             shard = self.home.shards[index]
-            spec = DTensorSpec(mesh, placements, parameter._data.shape)
             np.copyto(shard, arrays[index][self.layout.rows(index, rank)])
-            sharded = sharded_parameter(shard, parameter, spec, self)
+            sharded = sharded_parameter(shard, parameter, mesh, self)
             whole = whole_parameter(views[index], self, index)
             self.sharded.append(sharded)
             self.whole.append(whole)
+            # Specs of what was a DTensor before are wanted again, the arrays are not.
+            self._faces.append(functools.partial(facing, whole, getattr(parameter, "_spec", None)))
         self.pool = Pool(self.group)  # where gradients are made; a root has one for all its units
         self.where = ""  # the path of the module that it belongs to, in the root
         self.sync = True  # whether the next backward pass reduces
@@ -105,6 +104,7 @@ class Unit:
         self._gathering: Work | None = None
         self._gradients: Array | None = None  # room for those of a pass, and flags
         self._homes: list[Any] = []  # views of it
+        self._unreduced: Array | None = None  # the same of passes that did not reduce
         self._grads: Array | None = None  # room for the reduced ones of this rank, and flags
         self._grad_views: list[Any] = []
         self._put(self.sharded)
@@ -180,7 +180,7 @@ class Unit:
         """Let the whole parameters stand in their modules."""
         for whole, sharded in zip(self.whole, self.sharded, strict=True):
             whole._requires_grad = sharded._requires_grad
-        self._put(self.whole)
+        self._put([face() for face in self._faces])
         self.reading = True
 
     def show_sharded(self) -> None:
@@ -221,6 +221,28 @@ class Unit:
 
         Behind the gradients travels a flag for each parameter, above 0 when some rank has one.
         """
+        room = self._collected()
+        if self._unreduced is not None:
+            with np.errstate(over="ignore", invalid="ignore"):  # between parameters lies anything
+                np.add(self._unreduced, room, out=self._unreduced, casting="same_kind")
+            self.pool.give(room)
+            room, self._unreduced = self._unreduced, None
+        return Flight(self, room, async_op)
+
+    def keep(self) -> None:
+        """Keep the gradients of this rank for a later pass to reduce, in the dtype of reduction."""
+        if self.precision.reduced == self.precision.whole:
+            return  # where they are
+        room, sums = self._collected(), self._unreduced
+        if sums is None:
+            sums = self._unreduced = self.pool.take(room.size, self.precision.reduced)
+            sums[...] = 0
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.add(sums, room, out=sums, casting="same_kind")
+        self.pool.give(room)
+
+    def _collected(self) -> Array:
+        """All gradients of this rank in the flat array, and flags; it forgets them."""
         for index, whole in enumerate(self.whole):
             home, given = self.gradient_home(index), whole._grad
             if given is None:
@@ -231,7 +253,7 @@ class Unit:
             whole._grad = None
         assert self._gradients is not None
         room, self._gradients, self._homes = self._gradients, None, []
-        return Flight(self, room, async_op)
+        return room
 
     def room_for_reduced(self) -> Array:
         """An array for this rank's reduced gradients, and the flags: where gradients are to stay
@@ -299,7 +321,8 @@ class Flight:
         op = ReduceOp.AVG if unit.divide_by is None else ReduceOp.SUM
         if self.out.dtype not in (room.dtype, widened(room.dtype)):
             self.room = unit.pool.take(room.size, self.out.dtype)
-            np.copyto(self.room, room, casting="same_kind")
+            with np.errstate(over="ignore", invalid="ignore"):
+                np.copyto(self.room, room, casting="same_kind")
             unit.pool.give(room)
         call = ReduceShards(self.room, self.out, cuts, op, unit.name)
         self.work = unit.group.issue(call, async_op=async_op)
