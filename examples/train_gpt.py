@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
 
 import dtrain as torch
 
@@ -70,50 +69,15 @@ def batch_of(text, size, context, seed):
     return pieces[:, :-1].contiguous(), pieces[:, 1:].contiguous()
 
 
-def shard(model):
-    """Divide parameters, gradients and optimizer state among ranks, a unit for each block."""
-    fully_shard = importlib.import_module(f"{dist.__name__}.fsdp").fully_shard
-    for block in model.blocks:
-        fully_shard(block)
-    fully_shard(model)
-
-
-def whole(value):
-    """The array of a tensor, of one that is divided among ranks, too: all of them ask for it."""
-    return (value.full_tensor() if hasattr(value, "full_tensor") else value).numpy()
-
-
-def placed(array, like):
-    """A tensor divided among ranks as `like` is, if that is."""
-    value = torch.from_numpy(array)
-    if not value.ndim or not hasattr(like, "device_mesh"):
-        return value
-    return dist.tensor.distribute_tensor(value, like.device_mesh, like.placements)
-
-
-def save(path, model, optimizer, rank):
-    """Model and optimizer in one safetensors file, published by one rename of rank 0."""
-    tensors = {f"model.{k}": whole(v) for k, v in model.state_dict().items()}
-    for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{k}": whole(v) for k, v in state.items()}
-    if rank == 0:
-        save_file(tensors, f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
-
-
-def load(path, model, optimizer):
-    """Restore what `save` wrote; returns the number of steps it had done."""
-    saved, state = load_file(path), optimizer.state_dict()
-    parameters = optimizer.param_groups[0]["params"]
-    model.load_state_dict(
-        {k: placed(saved[f"model.{k}"], v) for k, v in model.state_dict().items()}
+def full_state(model, optimizer, new=None):
+    """Both by the model's names and in whole tensors, given or set: a call of all ranks."""
+    tools = importlib.import_module(f"{dist.__name__}.checkpoint.state_dict")
+    whole = tools.StateDictOptions(full_state_dict=True)
+    if new is None:
+        return tools.get_state_dict(model, optimizer, options=whole)
+    return tools.set_state_dict(
+        model, optimizer, model_state_dict=new[0], optim_state_dict=new[1], options=whole
     )
-    for key in (k for k in saved if k[0] == "o"):
-        _, index, name = key.split(".")
-        value = placed(saved[key], parameters[int(index)])
-        state["state"].setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict(state)
-    return int(state["state"][0]["step"])
 
 
 @torch.no_grad()
@@ -128,7 +92,7 @@ def sample(model, prompt, length):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="a file to learn from, instead of the standard library")
-    parser.add_argument("--checkpoint", default="gpt.safetensors", help="written every 40 steps")
+    parser.add_argument("--checkpoint", default="gpt.pt", help="written every 40 steps")
     parser.add_argument("--fsdp", action="store_true", help="fully sharded, not replicated")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
     for option, default in {"steps": 800, "batch-size": 16, "context": 64, "seed": 0}.items():
@@ -143,12 +107,14 @@ def main():
     text = read_text(args.data)
     train, valid = text[: -len(text) // 10], text[-len(text) // 10 :]
     model = GPT(args.context)
-    if args.fsdp:
-        shard(model)
+    for part in (*model.blocks, model) if args.fsdp else ():  # a unit for each block and the rest
+        importlib.import_module(f"{dist.__name__}.fsdp").fully_shard(part)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
-    first = load(args.checkpoint, model, optimizer) if args.resume else 0
-    replicated = launched and not args.fsdp
-    ddp = nn.parallel.DistributedDataParallel(model) if replicated else model
+    first = 0
+    if args.resume:
+        state, first = torch.load(args.checkpoint)
+        full_state(model, optimizer, state)
+    ddp = nn.parallel.DistributedDataParallel(model) if launched and not args.fsdp else model
     share, begin = args.batch_size // world, time.time()
     for step in range(first, args.steps):
         cosine = 0.55 + 0.45 * math.cos(math.pi * step / args.steps)
@@ -163,6 +129,7 @@ def main():
             mean = loss.detach() / world
             if launched:
                 dist.all_reduce(mean)
+            state = full_state(model, optimizer)
             with torch.no_grad():
                 held_out = model(*batch_of(valid, 16, args.context, 0))
             if rank == 0:
@@ -170,7 +137,7 @@ def main():
                 speed, left = args.batch_size * args.context / pace, pace * (args.steps - 1 - step)
                 print(f"step {step:4d}  loss {mean.item():.4f}  valid {held_out.item():.4f}  "
                       f"{speed:6.0f} tokens/s  {left:3.0f} s left", flush=True)  # fmt: skip
-            save(args.checkpoint, model, optimizer, rank)
+                torch.save((state, step + 1), args.checkpoint)
     text = sample(model, "def ", 240)
     if rank == 0:
         print(text)
