@@ -146,7 +146,7 @@ class UnixTransport(PumpedTransport):
             return -1
         hello, descriptors, _, _ = socket.recv_fds(connection, _HELLO.size, 1)
         shown, rank = _HELLO.unpack(hello.ljust(_HELLO.size, b"\0"))
-        if not hmac.compare_digest(shown, token) or not self.rank < rank < self.size:
+        if not hmac.compare_digest(shown, token) or not self._expects(rank):
             _close(descriptors)
             return -1
         mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -154,6 +154,9 @@ class UnixTransport(PumpedTransport):
         with theirs:
             socket.send_fds(connection, [b"\0"], [theirs.fileno(), *self._lent_file()])
         return int(rank)
+
+    def _expects(self, rank: int) -> bool:
+        return self.rank < rank < self.size and rank not in self._links
 
     def _join(self, rank: int, connection: socket.socket) -> None:
         if not security.same_user(connection):
@@ -214,6 +217,8 @@ class UnixTransport(PumpedTransport):
     def _emit(self, dst: int, frames: Sequence[Parts]) -> None:
         if dst in self.mailbox.lost:
             raise self.mailbox.lost[dst].copy()
+        if dst not in self._links:
+            raise PeerLost(dst, how="it is not connected to this rank")
         link = self._links[dst]
         try:
             with link.lock:
@@ -273,17 +278,20 @@ class UnixTransport(PumpedTransport):
 
     def _pump(self, deadline: float) -> None:
         for descriptor, event in self._epoll.poll(seconds_left(deadline)):
-            rank = self._places.get(descriptor)
-            if rank is not None:
-                if event & select.EPOLLOUT:
-                    self._write_backlog(rank)
-                if event & ~select.EPOLLOUT:
-                    self._receive(rank)
-            elif descriptor == self._bell:
-                os.eventfd_read(self._bell)
-                self.mailbox.touch()
-            else:
-                self._outlive(descriptor)
+            self._heed(descriptor, event)
+
+    def _heed(self, descriptor: int, event: int) -> None:
+        rank = self._places.get(descriptor)
+        if rank is not None:
+            if event & select.EPOLLOUT:
+                self._write_backlog(rank)
+            if event & ~select.EPOLLOUT:
+                self._receive(rank)
+        elif descriptor == self._bell:
+            os.eventfd_read(self._bell)
+            self.mailbox.touch()
+        elif descriptor in self._ends:
+            self._outlive(descriptor)
 
     def _receive(self, rank: int) -> bool:
         """Take in one frame; whether there was one."""
@@ -352,7 +360,7 @@ class UnixTransport(PumpedTransport):
         if not self._leave():
             return
         goodbye = (pack(Header(GOODBYE, self.rank)),)
-        for rank in self.peers:
+        for rank in list(self._links):
             with contextlib.suppress(PeerLost):  # it needs none
                 self._emit(rank, [goodbye])
         deadline = time.monotonic() + timeout

@@ -14,6 +14,7 @@ import itertools
 import logging
 import threading
 import time
+from collections import defaultdict
 from concurrent.futures import CancelledError
 from functools import partial
 from typing import Any
@@ -24,7 +25,8 @@ from dtrain.distributed.rpc.calls import Call, RpcFuture
 from dtrain.distributed.rpc.failures import RpcTimeout
 from dtrain.distributed.rpc.ledger import Name
 from dtrain.distributed.rpc.line import Line, as_buffer
-from dtrain.distributed.rpc.options import UNSET_RPC_TIMEOUT, WorkerInfo
+from dtrain.distributed.rpc.members import Members
+from dtrain.distributed.rpc.options import UNSET_RPC_TIMEOUT
 from dtrain.distributed.rpc.payload import Packed, pack, unpack
 from dtrain.distributed.rpc.pool import Pool, waiting
 from dtrain.distributed.rpc.references import References
@@ -50,20 +52,19 @@ _log = logging.getLogger("dtrain.rpc")
 
 
 class Agent:
-    """Worker `rank` of those called `names`; `accepts[r]`: whether worker r accepts code."""
+    """Worker `rank` among `members`, with `threads` threads; calls may take `patience` seconds."""
 
     def __init__(
-        self, line: Line, rank: int, names: list[str], accepts: list[bool], threads: int,
-        patience: float,
-    ) -> None:  # fmt: skip
-        self.rank, self.names, self._accepts, self.patience = rank, names, accepts, patience
-        self.pool = Pool(threads, f"rpc {names[rank]}")
+        self, line: Line, rank: int, members: Members, threads: int, patience: float
+    ) -> None:
+        self.rank, self.names, self.patience = rank, members, patience
+        self.pool = Pool(threads, f"rpc {members[rank]}")
         self._line = line
         self.store: Store | None = None  # the one that was opened for this agent, to be closed
         self.references = References(self, rank, self.pool, self._post_books)
         self._world = current_world()
         self.server = Server(
-            names,
+            members,
             rank,
             self.pool,
             line.shift,
@@ -75,8 +76,10 @@ class Agent:
         )
         self._calls: dict[int, Call] = {}
         self._ids = itertools.count()
-        self._room = [threading.BoundedSemaphore(IN_FLIGHT) for _ in names]
+        self._room: defaultdict[int, threading.Semaphore]
+        self._room = defaultdict(partial(threading.Semaphore, IN_FLIGHT))
         self._lost: dict[int, PeerLost] = {}
+        members.lost = lambda worker: worker in self._lost or worker in line.lost
         self._failed: BaseException | None = None
         self.sent = 0
         self.drains: dict[tuple[int, int], list[int]] = {}  # {(round, worker): [sent, served]}
@@ -93,16 +96,7 @@ class Agent:
 
     def worker(self, to: Any) -> int:
         """The rank that `to` means: a name, a rank or a `WorkerInfo`."""
-        rank = to.id if isinstance(to, WorkerInfo) else to
-        if isinstance(rank, str):
-            if rank not in self.names:
-                raise ValueError(f"Unknown destination worker {rank} (known: {self.names})")
-            return self.names.index(rank)
-        if isinstance(rank, bool) or not isinstance(rank, int):
-            raise ValueError(f"Cannot get WorkerInfo from name {to}")
-        if not 0 <= rank < len(self.names):
-            raise ValueError(f"Unknown destination worker {rank} (of {len(self.names)})")
-        return rank
+        return self.names.find(to)
 
     def rpc_sync(self, to: Any, func: Any, args: Any, kwargs: Any, timeout: float) -> Any:
         return self.rpc_async(to, func, args, kwargs, timeout).wait()
@@ -256,12 +250,12 @@ class Agent:
         return value
 
     def _packed(self, to: int, value: Any, what: str) -> Packed:
-        return pack(value, what, code=self._accepts[to], reference=RRef)
+        return pack(value, what, code=self.names.accepts(to), reference=RRef)
 
     def _unpacked(self, body: Any, buffers: list[Any]) -> Any:
         if body is None:
             body, *buffers = buffers
-        return unpack(body, buffers, self.references.handle, code=self._accepts[self.rank])
+        return unpack(body, buffers, self.references.handle, code=self.names.accepts(self.rank))
 
     # ---- references
 
@@ -297,7 +291,7 @@ class Agent:
         self.references.collect()
         if now >= self._next_check:
             self._next_check = now + _CHECK
-            everybody = range(len(self.names)) if self._draining else ()
+            everybody = self.names.ranks() if self._draining else []
             waited_for = {call.worker for call in self._calls.copy().values()}.union(everybody)
             for worker in waited_for - {self.rank} - self._lost.keys():
                 self._line.check(worker)
@@ -334,7 +328,7 @@ class Agent:
         """Tell all others how much this worker has sent and served."""
         self.references.collect()  # what was dropped is in the books before the counts are heard
         counts, self._draining = [self.sent, self.server.served], True
-        for worker in range(len(self.names)):
+        for worker in self.names.ranks():
             if worker != self.rank and worker not in self._lost:
                 self._post(worker, [DRAIN, turn, counts, [], b""])
         return counts

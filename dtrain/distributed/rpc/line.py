@@ -16,6 +16,7 @@ import itertools
 import logging
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -50,9 +51,9 @@ class Line:
         self._transport = transport
         self._tags = itertools.count(1)
         # A message gets its number and is sent in one step.
-        self._order = [threading.Lock() for _ in range(transport.size)]
-        self._sent = [0] * transport.size
-        self._heard = [0] * transport.size
+        self._order: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)
+        self._sent: defaultdict[int, int] = defaultdict(int)
+        self._heard: defaultdict[int, int] = defaultdict(int)
         self._waiting: list[_Waiting] = []
         self.shift = Shift(self._move, self._do_chores, self._fail, name)
         self.on_envelope: Callable[[int, list[Any]], None]
@@ -175,8 +176,9 @@ class Line:
     def close(self) -> None:
         """Say goodbye to everybody; what was sent still arrives."""
         self.shift.stop()
-        self._transport.mailbox.touch()
-        self._transport._wake()
+        if not self._transport.closed:
+            self._transport.mailbox.touch()
+            self._transport._wake()
         self.shift.join(2.0)
         self._transport.close()
 

@@ -26,13 +26,17 @@ class Pool:
         self._lock = threading.Lock()
         self._threads: set[threading.Thread] = set()
         self._waiting = self._idle = self._queued = 0
+        self._closed = False
 
     def submit(self, task: Callable[[], None]) -> None:
-        """Run `task`, which must not raise, in one of the threads."""
+        """Run `task`, which must not raise, in one of the threads; after `close` in this one."""
         with self._lock:
-            self._queued += 1
-            self._tasks.put(task)
-            self._reinforce()
+            if not self._closed:
+                self._queued += 1
+                self._tasks.put(task)
+                self._reinforce()
+                return
+        task()
 
     def _reinforce(self) -> None:
         """One more thread if there is work for it and room; with the lock held."""
@@ -73,6 +77,7 @@ class Pool:
     def close(self, timeout: float) -> list[str]:
         """End the threads; returns the names of those that still run after `timeout` seconds."""
         with self._lock:
+            self._closed = True
             threads = list(self._threads)
         for _ in threads:
             self._tasks.put(None)

@@ -20,6 +20,7 @@ from dtrain.distributed.rpc import failures
 from dtrain.distributed.rpc.calls import Statistics
 from dtrain.distributed.rpc.functions import is_async
 from dtrain.distributed.rpc.ledger import Name
+from dtrain.distributed.rpc.members import Members
 from dtrain.distributed.rpc.payload import Packed
 from dtrain.distributed.rpc.pool import Pool
 from dtrain.distributed.rpc.references import References, shown
@@ -37,7 +38,7 @@ Request = tuple[int, int]
 
 
 class Server:
-    """Serves the requests that come to worker `rank` of those called `names`.
+    """Serves the requests that come to worker `rank` among `names`.
 
     `pack(to, value)`, `unpack(body, buffers)` and `reply(to, number, well, packed)` are the
     agent's; `tape()` is where spans are recorded, None while nobody wants them.
@@ -45,7 +46,7 @@ class Server:
 
     def __init__(
         self,
-        names: list[str],
+        names: Members,
         rank: int,
         pool: Pool,
         shift: Shift,
