@@ -25,8 +25,10 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/*
 
 COPY --from=build /wheels /wheels
+# A new volume at /checkpoints takes over its mode: any user may be the one who trains.
 RUN pip install --no-cache-dir /wheels/*.whl \
- && useradd --uid 1000 --create-home dtrain
+ && useradd --uid 1000 --create-home dtrain \
+ && install --directory --mode 1777 /checkpoints
 
 COPY examples /home/dtrain/examples
 USER 1000:1000

@@ -94,7 +94,7 @@ def main():
     parser.add_argument("--data", help="a file to learn from, instead of the standard library")
     parser.add_argument("--checkpoint", default="gpt.pt", help="written every 40 steps")
     parser.add_argument("--fsdp", action="store_true", help="fully sharded, not replicated")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint, if any")
     for option, default in {"steps": 800, "batch-size": 16, "context": 64, "seed": 0}.items():
         parser.add_argument(f"--{option}", type=int, default=default, help=f"default {default}")
     args = parser.parse_args()
@@ -111,7 +111,7 @@ def main():
         importlib.import_module(f"{dist.__name__}.fsdp").fully_shard(part)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
     first = 0
-    if args.resume:
+    if args.resume and os.path.exists(args.checkpoint):
         state, first = torch.load(args.checkpoint)
         full_state(model, optimizer, state)
     ddp = nn.parallel.DistributedDataParallel(model) if launched and not args.fsdp else model

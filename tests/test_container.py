@@ -35,6 +35,7 @@ def test_dtrun_accepts_the_command_of_every_node(tmp_path):
     assert {spec.secret for spec in specs} == {bytes(32)}
     assert {(spec.nnodes, spec.nproc) for spec in specs} == {(2, 2)}
     assert {(spec.master_addr, spec.master_port) for spec in specs} == {("node0", 29500)}
+    assert {(spec.max_restarts, spec.args[-1]) for spec in specs} == {(3, "--resume")}
 
 
 def test_a_wrong_command_would_be_refused():
@@ -46,7 +47,7 @@ def test_a_wrong_command_would_be_refused():
 
 def test_the_script_is_in_the_image_and_here():
     for words in commands(COMPOSE):
-        script = PurePosixPath(words[-1])
+        script = PurePosixPath(next(word for word in words if word.endswith(".py")))
         assert script.is_relative_to("/home/dtrain")
         assert (ROOT / script.relative_to("/home/dtrain")).is_file()
     assert re.search(r"^COPY examples /home/dtrain/examples$", DOCKERFILE, re.MULTILINE)
@@ -58,7 +59,10 @@ def test_the_script_is_in_the_image_and_here():
         "read_only: true",
         "cap_drop: [ALL]",
         'security_opt: ["no-new-privileges:true"]',
-        'restart: "no"',
+        "mem_limit: 2g",
+        "memswap_limit: 2g",
+        "pids_limit: 256",
+        'volumes: ["checkpoints:/checkpoints"]',
         "secrets: [job_key]",
     ],
 )
@@ -75,6 +79,14 @@ def test_no_secret_is_in_the_environment_or_on_a_command_line():
     assert said == {"--secret-file", "/run/secrets/job_key"}  # a path, which the mount below makes
     assert re.search(r"^secrets:\n  job_key:\n    file: ./job.key$", COMPOSE, re.MULTILINE)
     assert "/job.key" in (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
+
+
+def test_the_nodes_share_checkpoints_that_any_user_may_write():
+    for words in commands(COMPOSE):
+        assert words[words.index("--checkpoint") + 1] == "/checkpoints/gpt.pt"
+    assert re.search(r"^volumes:\n  checkpoints:$", COMPOSE, re.MULTILINE)
+    assert "install --directory --mode 1777 /checkpoints" in DOCKERFILE
+    assert DOCKERFILE.index("/checkpoints") < DOCKERFILE.index("USER")
 
 
 def test_the_image_runs_as_nobody_special():

@@ -137,6 +137,9 @@ def _join_mpi(rank: int, world_size: int, patience: float) -> MpiGroup:
 
 @functools.cache
 def _close_at_exit() -> None:
+    # What is registered last runs first: with pyzmq's collector gone no goodbye could be sent.
+    import zmq.utils.garbage  # noqa: F401
+
     # An exception that nobody caught has been shown by now, and stands there.
     atexit.register(lambda: current_world().clear(getattr(sys, "last_value", None)))
 

@@ -87,6 +87,8 @@ class Meeting:
         self.deadline: float | None = now + terms.join_timeout  # of GATHERING
         self._draw = draw
         self._arrivals = 0
+        # {newcomer: what it said}: who asks for the --node-rank of a node that was not heard since.
+        self._rivals: dict[str, Mapping[str, Any]] = {}
         self._told: Told = []
 
     def heard(self, node: str, message: Mapping[str, Any], now: float) -> Told:
@@ -95,11 +97,16 @@ class Meeting:
             self._joined(node, message, now)
         elif node in self.nodes:
             self.nodes[node].last_heard = now
+            if message["say"] != "leave":
+                self._refuse_rivals(self.nodes[node])
             if message["say"] == "ended":
                 self._ended(node, message, now)
             elif message["say"] == "leave":
                 self._left(node, message, now)
-        elif message["say"] != "leave":
+                self._admit_rivals(now)
+        elif message["say"] == "leave":
+            self._rivals.pop(node, None)
+        elif node not in self._rivals:
             why = f"the head took this node for lost, silent for {self.terms.dead_after:g} s"
             self._tell(node, say="over", code=TRY_AGAIN, why=f"{why}: start dtrun again here")
         return self._take()
@@ -109,6 +116,7 @@ class Meeting:
         for node in list(self.nodes.values()):
             if now - node.last_heard >= self.terms.dead_after:
                 self._lose(node, f"{node} is lost: silent for {self.terms.dead_after:g} s", now)
+        self._admit_rivals(now)
         if self.state == GATHERING and self.deadline is not None and now >= self.deadline:
             if len(self.nodes) >= self.terms.least:
                 self._form()
@@ -130,6 +138,10 @@ class Meeting:
         why = self._why_not(message)
         if why or self.state == OVER:
             self._tell(name, say="over", code=2, why=why or "the job is over")
+            return
+        if self._rival_of(message) is not None:
+            # A node that was killed comes back before its silence is long enough: to be seen.
+            self._rivals[name] = message
             return
         self._arrivals += 1
         fields = {key: message[key] for key in ("host", "nproc", "addr", "port", "wanted", "head")}
@@ -153,10 +165,26 @@ class Meeting:
                 if ours != theirs
             ]
             return f"the nodes were started differently: {', '.join(different)}"
-        taken = [node for node in self.nodes.values() if node.wanted == message["wanted"]]
-        if self.terms.static and taken:
-            return f"--node-rank {message['wanted']} is taken by {taken[0].host}"
         return ""
+
+    def _rival_of(self, message: Mapping[str, Any]) -> Node | None:
+        """The node that has the --node-rank which a newcomer wants."""
+        same = (node for node in self.nodes.values() if node.wanted == message["wanted"])
+        return next(same, None) if self.terms.static else None
+
+    def _refuse_rivals(self, node: Node) -> None:
+        """It lives: whoever wants its place is a mistake."""
+        for name, message in list(self._rivals.items()):
+            if message["wanted"] == node.wanted:
+                why = f"--node-rank {node.wanted} is taken by {node.host}"
+                self._tell(name, say="over", code=2, why=why)
+                del self._rivals[name]
+
+    def _admit_rivals(self, now: float) -> None:
+        """Those whose place has become free; the first of several."""
+        for name, message in list(self._rivals.items()):
+            if self._rival_of(message) is None:
+                self._joined(name, self._rivals.pop(name), now)
 
     def _has_room(self) -> bool:
         return len(self.epoch.members) < self.terms.most and not self.epoch.reports
@@ -279,8 +307,9 @@ class Meeting:
 
     def _finish(self, code: int, why: str) -> None:
         self.state, self.deadline = OVER, None
-        for name in self.nodes:
+        for name in (*self.nodes, *self._rivals):
             self._tell(name, say="over", code=code, why=why)
+        self._rivals.clear()
 
     def _tell(self, name: str, **message: Any) -> None:
         self._told.append((name, message))

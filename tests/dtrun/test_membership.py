@@ -225,9 +225,38 @@ def test_static_nodes_have_the_place_they_ask_for():
     job = Job(Terms(2, 2, static=True))
     job.join("x", wanted=1, head=False)
     job.join("y", wanted=1, head=False)
+    job.says("y", "alive")
+    assert "y" not in job.told  # is it x that comes back? the next word of x decides
+    job.says("x", "alive")
     assert "--node-rank 1 is taken by host x" in job.last("y")["why"]
     job.join("z", wanted=0, head=True)
     assert [job.last(node)["node_rank"] for node in "zx"] == [0, 1]
+
+
+def test_a_killed_node_that_comes_back_at_once_has_its_place_when_the_old_one_is_lost():
+    job = Job(Terms(2, 2, max_restarts=1, static=True))
+    job.join("a", wanted=0, head=True)
+    job.join("x", wanted=1, head=False)
+    job.join("y", now=1.0, wanted=1, head=False)
+    for now in (2.0, 3.0, 4.0):
+        job.says("a", "alive", now)
+        job.says("y", "alive", now)
+    job.tick(5.0)
+    assert job.meeting.epoch.lost == ["node 1 (host x) is lost: silent for 5 s"]
+    job.ended("a", now=5.0)
+    assert (job.last("y")["say"], job.last("y")["node_rank"]) == ("start", 1)
+    assert job.meeting.restarts == 1
+
+
+def test_who_waits_for_a_place_hears_of_the_end_and_may_go():
+    job = Job(Terms(2, 2, static=True))
+    job.join("a", wanted=0, head=True)
+    for rival in "yz":
+        job.join(rival, wanted=0, head=False)
+    job.says("z", "leave", why="-", code=0)
+    job.says("a", "leave", why="stopped", code=130)
+    assert job.last("y")["code"] == 130
+    assert "z" not in job.told
 
 
 @pytest.mark.parametrize("block", range(4))

@@ -7,8 +7,10 @@ touched.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -79,6 +81,23 @@ class Hosts:
     def join(self) -> None:
         """Mend it."""
         _ip("-n", self.names[0], "link", "set", "cable0", "up")
+
+    def slow(self, rate: str) -> None:
+        """Let the cable carry no more than `rate`, as in "100mbit", both ways."""
+        for host, name in enumerate(self.names):
+            limit = ("tbf", "rate", rate, "burst", "64k", "latency", "50ms")
+            device = ("dev", f"cable{host}", "root")
+            made = ["tc", "-n", name, "qdisc", "add", *device, *limit]
+            subprocess.run(made, check=True, capture_output=True)
+
+    def kill(self, host: int) -> None:
+        """Kill all processes of a host at once, as when its power fails; its sockets are closed."""
+        pids = subprocess.run(
+            ["ip", "netns", "pids", self.names[host]], check=True, capture_output=True, text=True
+        )
+        for pid in pids.stdout.split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
 
     def close(self) -> None:
         """End what still runs, and remove the hosts."""

@@ -137,3 +137,20 @@ def test_who_raised_and_left_is_not_blamed_by_a_third(tmp_path):
     assert len(sentences) == 2
     assert len(set(sentences)) == 1, sentences
     assert sentences[0].startswith("group 'default': rank 2 is lost: its process (pid ")
+
+
+def test_a_rank_that_ends_without_leaving_still_says_goodbye(dtrun):
+    """Large messages have started pyzmq's collector: its exit handler must not run before ours."""
+    dtrun.script("""
+        import dtrain as torch
+        dist = torch.distributed
+        dist.init_process_group("zmq")
+        dist.all_reduce(torch.ones(300_000))
+        if rank == 1:
+            raise ValueError("no data")
+        dist.barrier()
+        """)
+    run = dtrun.run("--nproc-per-node", "2", "train.py")
+    assert run.returncode == 1
+    assert "rank 1 has closed its side" in run.stderr
+    assert "Exception ignored" not in run.stderr
