@@ -8,15 +8,14 @@ ZeRO, arXiv:1910.02054; Zhao et al., PyTorch FSDP, VLDB 2023.
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
 from dtrain.distributed.device_mesh import DeviceMesh
+from dtrain.distributed.fsdp.making import make_state
 from dtrain.distributed.fsdp.policies import MixedPrecisionPolicy, OffloadPolicy
 from dtrain.distributed.fsdp.state import ModuleState, state_of
-from dtrain.distributed.fsdp.unit import Precision, Slot, Unit
+from dtrain.distributed.fsdp.unit import Unit
 from dtrain.distributed.world import resolve
 from dtrain.nn.modules.container import ModuleDict, ModuleList
 from dtrain.nn.modules.module import Module
@@ -61,15 +60,9 @@ def fully_shard(
     precision = mp_policy or MixedPrecisionPolicy()
     ranks = _mesh(mesh)
     after_forward = _after_forward(reshard_after_forward, ranks.size(ranks.ndim - 1))
-    found = _parameters(modules, {id(p) for p in ignored_params or ()})
-    units = [
-        Unit([slots for _, slots in same], [p for p, _ in same], ranks, _dtypes(dtype, precision),
-             given_back=after_forward is True)
-        for dtype, same in _by_dtype(found).items()
-    ]  # fmt: skip
-    state = ModuleState(modules, units, after_forward, precision)
+    ignored = {id(p) for p in ignored_params or ()}
+    make_state(modules, ranks, precision, after_forward, ignored)
     for each in modules:
-        each.__dict__["_fsdp_state"] = state
         each.__class__ = _class_for(type(each))
     return module
 
@@ -105,41 +98,6 @@ def _mesh(mesh: DeviceMesh | None) -> DeviceMesh:
     if mesh.ndim not in (1, 2):
         raise ValueError(f"fully_shard expects a 1D or 2D DeviceMesh but got {mesh}")
     return mesh
-
-
-def _parameters(
-    modules: Iterable[Module], ignored: Collection[int]
-) -> list[tuple[Any, list[Slot]]]:
-    """Parameters below `modules` that belong to no unit, each with all its places."""
-    found: dict[int, tuple[Any, list[Slot]]] = {}
-    for top in modules:
-        for path, module in top.named_modules():
-            for name, parameter in module._parameters.items():
-                if parameter is None or id(parameter) in ignored:
-                    continue
-                if getattr(parameter, "_fsdp", None) is not None:
-                    continue
-                full = f"{path}.{name}" if path else name
-                if parameter.ndim == 0:
-                    raise ValueError(
-                        f"fully_shard doesn't support scalar parameters. Change {full} to a 1D "
-                        "tensor with numel equal to 1."
-                    )
-                slots = found.setdefault(id(parameter), (parameter, []))[1]
-                slots.append(Slot(module, name, full))
-    return list(found.values())
-
-
-def _by_dtype(found: Iterable[Any]) -> dict[np.dtype[Any], list[Any]]:
-    by: dict[np.dtype[Any], list[Any]] = {}
-    for parameter, slots in found:
-        by.setdefault(parameter._data.dtype, []).append((parameter, slots))
-    return by
-
-
-def _dtypes(own: np.dtype[Any], policy: MixedPrecisionPolicy) -> Precision:
-    whole = own if policy.param_dtype is None or own.kind in "iub" else policy.param_dtype.numpy
-    return Precision(whole, whole if policy.reduce_dtype is None else policy.reduce_dtype.numpy)
 
 
 _classes: dict[type, type] = {}
