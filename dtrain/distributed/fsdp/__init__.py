@@ -1,9 +1,9 @@
 """Fully sharded data parallel, at torch.distributed.fsdp's names and paths.
 
-_fully_shard.py and fully_sharded_data_parallel.py are the two public faces; api.py has the words of
-the second. Below them the engine: layout.py (which rows are whose), memory.py (where a unit is while
+_fully_shard.py and fully_sharded_data_parallel.py are the public faces; api.py has the words of the
+second. Below them the engine: layout.py (which rows are whose), memory.py (where a unit is while
 it is whole), unit.py (states and verbs), root.py (when what happens, fences), state.py (around the
-calls of modules) and making.py (what becomes a unit). wrap.py chooses modules by a policy. Names are
+calls of modules), making.py (what becomes a unit). wrap.py chooses modules by a policy. Names are
 loaded when they are first asked for: wrap.py is used without the engine.
 """
 
