@@ -92,6 +92,11 @@ def is_launched(environ: Mapping[str, str] = os.environ) -> bool:
     return "TORCHELASTIC_RUN_ID" in environ
 
 
+def local_world_size(environ: Mapping[str, str] = os.environ) -> int | None:
+    """How many ranks this host has, when a launcher said so."""
+    return _optional_integer(environ, "LOCAL_WORLD_SIZE")
+
+
 def stall_warning(environ: Mapping[str, str] = os.environ) -> float:
     """After how many seconds a call that waits warns: DTRAIN_STALL_WARNING, else 5; 0: never.
 
