@@ -80,18 +80,26 @@ def _line(**attrs: Any) -> Any:
     return lambda: [((np.linspace(-3.05, 3.0, 12).reshape(3, 4),), attrs)]
 
 
+def _as(x: Any, number: float) -> Any:
+    """A number that leaves the dtype of `x` as it is: with a plain one bfloat16 becomes float32."""
+    return x.dtype.type(number) if isinstance(x, np.ndarray) else number
+
+
 _leaky_relu = define(
-    "leaky_relu", lambda x, *, slope: np.maximum(x, 0) + np.minimum(x, 0) * slope, inputs="x",
-    saves="x", vjp=lambda n, g: (g * (n.x > 0) + g * (n.x <= 0) * n.slope,),
+    "leaky_relu", lambda x, *, slope: np.maximum(x, 0) + np.minimum(x, 0) * _as(x, slope),
+    inputs="x",
+    saves="x", vjp=lambda n, g: (g * (n.x > 0) + g * (n.x <= 0) * _as(g, n.slope),),
     sample=_line(slope=0.1),
 )  # fmt: skip
 _elu = define(
-    "elu", lambda x, *, alpha: np.maximum(x, 0) + np.expm1(np.minimum(x, 0)) * alpha, inputs="x",
-    saves="x y", vjp=lambda n, g: (g * (n.x > 0) + g * (n.x <= 0) * (n.y + n.alpha),),
+    "elu", lambda x, *, alpha: np.maximum(x, 0) + np.expm1(np.minimum(x, 0)) * _as(x, alpha),
+    inputs="x",
+    saves="x y", vjp=lambda n, g: (g * (n.x > 0) + g * (n.x <= 0) * (n.y + _as(g, n.alpha)),),
     sample=_line(alpha=1.3),
 )  # fmt: skip
 _hardtanh = define(
-    "hardtanh", lambda x, *, low, high: np.minimum(np.maximum(x, low), high), inputs="x",
+    "hardtanh", lambda x, *, low, high: np.minimum(np.maximum(x, _as(x, low)), _as(x, high)),
+    inputs="x",
     saves="x", vjp=lambda n, g: (g * ((n.x > n.low) & (n.x < n.high)),),
     sample=_line(low=-1.0, high=2.0),
 )  # fmt: skip
@@ -162,15 +170,20 @@ def hardswish(input: Any) -> Any:
 
 
 def _softplus_forward(x: np.ndarray, *, beta: float, threshold: float) -> np.ndarray:
-    scaled = x * beta
+    scaled = x * _as(x, beta)
     # log(1 + exp(s)) without overflow; the identity from `threshold` on
     out = np.log1p(np.exp(-np.abs(scaled))) + np.maximum(scaled, 0)
-    return np.where(scaled > threshold, x, out / beta)
+    return np.where(scaled > threshold, x, out / _as(x, beta))
+
+
+def _softplus_vjp(n: Any, g: Any) -> Any:
+    scaled = n.x * _as(g, n.beta)
+    return (where(scaled > n.threshold, g, g * sigmoid(scaled)),)
 
 
 _softplus = define(
     "softplus", _softplus_forward, saves="x",
-    vjp=lambda n, g: (where(n.x * n.beta > n.threshold, g, g * sigmoid(n.x * n.beta)),),
+    vjp=_softplus_vjp,
     sample=_line(beta=1.5, threshold=4.0),
 )  # fmt: skip
 _log_sigmoid = define(

@@ -331,7 +331,8 @@ def clamp_max(input: Any, max: Any) -> Any:
 
 def _clip(x: np.ndarray, *, min: Any, max: Any) -> Any:
     kind = x.dtype.type
-    return np.clip(x, None if min is None else kind(min), None if max is None else kind(max))
+    low, high = None if min is None else kind(min), None if max is None else kind(max)
+    return np.clip(x, low, high).astype(x.dtype, copy=False)  # of bfloat16 NumPy makes float32
 
 
 def _clamp_vjp(n: Any, g: Any) -> Any:

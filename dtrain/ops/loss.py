@@ -194,6 +194,12 @@ def cross_entropy(
         if ignore_index >= 0:
             raise RuntimeError("ignore_index is not supported for floating point target")
         return _soft_cross_entropy(input, target, weight, reduction, label_smoothing)
+    if input._data.dtype.itemsize < 4:  # 16 bits are too few for sums; torch's are 32, too
+        weight = None if weight is None else weight.float()
+        wide = cross_entropy(
+            input.float(), target, weight, ignore_index, reduction, label_smoothing
+        )
+        return wide.to(input.dtype)
     rows, classes = _class_rows(input, target)
     loss = _cross_entropy(
         rows, classes, weight=None if weight is None else weight._data,

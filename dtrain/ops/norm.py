@@ -204,6 +204,9 @@ def rms_norm(
     size = math.prod(shape)
     if eps is None:
         eps = float(np.finfo(_kind(input)).eps)
+    if _kind(input).itemsize < 4:  # 16 bits are too few for sums; torch's are 32, too
+        wide = rms_norm(input.float(), shape, None if weight is None else weight.float(), eps)
+        return wide.to(input.dtype)
     y = _rms_norm(_rows(input, size), _flat(weight, size), eps=eps)
     return y if y.shape == input.shape else reshape(y, tuple(input.shape))
 

@@ -51,7 +51,7 @@ def _taps(canvas: np.ndarray, geometry: Geometry) -> Iterator[tuple[Pair, np.nda
 
 
 def _lowest(dtype: np.dtype) -> Any:
-    return -np.inf if dtype.kind == "f" else np.iinfo(dtype).min
+    return np.iinfo(dtype).min if dtype.kind in "iu" else -np.inf  # bfloat16 is of no kind
 
 
 def _max_forward(x: np.ndarray, *, geometry: Geometry) -> np.ndarray:

@@ -126,3 +126,20 @@ def test_refusals(call, kind, sentence):
     with pytest.raises(kind) as refusal:
         call()
     assert sentence in str(refusal.value)
+
+
+@pytest.mark.parametrize("dtype", [dtrain.bfloat16, dtrain.float16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"reduction": "none"}], ids=str)
+def test_cross_entropy_of_half_precision_is_that_of_single_rounded(dtype, options):
+    """Sums are made in float32: only the result and the gradient are rounded."""
+    scores = dtrain.tensor(np.random.RandomState(0).randn(6, 40)).to(dtype).requires_grad_()
+    weight = dtrain.tensor(np.linspace(0.5, 2, 40)).to(dtype)
+    single = scores.detach().float().requires_grad_()
+    target = dtrain.arange(6)
+    loss = F.cross_entropy(scores, target, weight, **options)
+    wide = F.cross_entropy(single, target, weight.float(), **options)
+    assert loss.dtype is dtype
+    assert dtrain.equal(loss, wide.to(dtype))
+    loss.sum().backward()
+    wide.sum().backward()
+    assert dtrain.equal(scores.grad, single.grad.to(dtype))

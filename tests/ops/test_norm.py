@@ -107,3 +107,16 @@ def test_refusals(call, kind, sentence):
     with pytest.raises(kind) as refusal:
         call()
     assert sentence in str(refusal.value)
+
+
+@pytest.mark.parametrize("dtype", [dtrain.bfloat16, dtrain.float16], ids=str)
+def test_rms_norm_of_half_precision_is_that_of_single_rounded(dtype):
+    x = dtrain.tensor(np.random.RandomState(0).randn(3, 50)).to(dtype).requires_grad_()
+    weight = dtrain.tensor(np.linspace(0.5, 2, 50)).to(dtype).requires_grad_()
+    single, wide_weight = (t.detach().float().requires_grad_() for t in (x, weight))
+    y, wide = F.rms_norm(x, (50,), weight, 1e-5), F.rms_norm(single, (50,), wide_weight, 1e-5)
+    assert dtrain.equal(y, wide.to(dtype))
+    y.sum().backward()
+    wide.sum().backward()
+    assert dtrain.equal(x.grad, single.grad.to(dtype))
+    assert dtrain.equal(weight.grad, wide_weight.grad.to(dtype))

@@ -207,3 +207,28 @@ def test_ops_show_their_name():
         define("exp", np.exp)
     x = torch.ones(2, requires_grad=True)
     assert grad(x.exp().sum(), x)[0].shape == (2,)
+
+
+# Of 16 bits their functions make 32, and round at the end: tests/ops/test_loss.py, test_norm.py.
+WIDENED = {"cross_entropy", "rms_norm"}
+
+
+@every_sample
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_stays_half_and_so_do_gradients(op, arrays, attrs, dtype):
+    if op.name in WIDENED:
+        return
+    kind = dtype.numpy
+    attrs = {
+        k: dtype if v is torch.float64 else v.astype(kind) if is_floating(v) else v
+        for k, v in attrs.items()
+    }
+    inputs = [
+        torch.tensor(a).to(dtype).requires_grad_() if is_floating(a) else a for a in arrays
+    ]
+    for y in applied(op, inputs, attrs):
+        assert y.dtype is dtype
+        y.backward(torch.ones(y.shape).to(dtype))
+    for x in inputs:
+        if is_tensor(x) and x.grad is not None:
+            assert x.grad.dtype is dtype

@@ -19,15 +19,49 @@ if TYPE_CHECKING:
         fully_shard as fully_shard,
         register_fsdp_forward_method as register_fsdp_forward_method,
     )
+    from dtrain.distributed.fsdp.api import (
+        BackwardPrefetch as BackwardPrefetch,
+        CPUOffload as CPUOffload,
+        FullOptimStateDictConfig as FullOptimStateDictConfig,
+        FullStateDictConfig as FullStateDictConfig,
+        LocalOptimStateDictConfig as LocalOptimStateDictConfig,
+        LocalStateDictConfig as LocalStateDictConfig,
+        MixedPrecision as MixedPrecision,
+        OptimStateDictConfig as OptimStateDictConfig,
+        ShardedOptimStateDictConfig as ShardedOptimStateDictConfig,
+        ShardedStateDictConfig as ShardedStateDictConfig,
+        ShardingStrategy as ShardingStrategy,
+        StateDictConfig as StateDictConfig,
+        StateDictSettings as StateDictSettings,
+        StateDictType as StateDictType,
+    )
+    from dtrain.distributed.fsdp.fully_sharded_data_parallel import (
+        FullyShardedDataParallel as FullyShardedDataParallel,
+    )
     from dtrain.distributed.fsdp.policies import (
         MixedPrecisionPolicy as MixedPrecisionPolicy,
         OffloadPolicy as OffloadPolicy,
     )
 
 __all__ = [
+    "BackwardPrefetch",
+    "CPUOffload",
     "FSDPModule",
+    "FullOptimStateDictConfig",
+    "FullStateDictConfig",
+    "FullyShardedDataParallel",
+    "LocalOptimStateDictConfig",
+    "LocalStateDictConfig",
+    "MixedPrecision",
     "MixedPrecisionPolicy",
     "OffloadPolicy",
+    "OptimStateDictConfig",
+    "ShardedOptimStateDictConfig",
+    "ShardedStateDictConfig",
+    "ShardingStrategy",
+    "StateDictConfig",
+    "StateDictSettings",
+    "StateDictType",
     "UnshardHandle",
     "fully_shard",
     "register_fsdp_forward_method",
@@ -39,6 +73,26 @@ _PLACES = {
         "_fully_shard",
     ),
     **dict.fromkeys(("MixedPrecisionPolicy", "OffloadPolicy"), "policies"),
+    "FullyShardedDataParallel": "fully_sharded_data_parallel",
+    **dict.fromkeys(
+        (
+            "BackwardPrefetch",
+            "CPUOffload",
+            "FullOptimStateDictConfig",
+            "FullStateDictConfig",
+            "LocalOptimStateDictConfig",
+            "LocalStateDictConfig",
+            "MixedPrecision",
+            "OptimStateDictConfig",
+            "ShardedOptimStateDictConfig",
+            "ShardedStateDictConfig",
+            "ShardingStrategy",
+            "StateDictConfig",
+            "StateDictSettings",
+            "StateDictType",
+        ),
+        "api",
+    ),
 }
 
 

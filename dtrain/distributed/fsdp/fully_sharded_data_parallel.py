@@ -1,8 +1,8 @@
 """`FullyShardedDataParallel`: the engine of `fully_shard` as a module around a module.
 
-Names go through the wrapper: `named_parameters`, `state_dict` and attributes are those of the module
-inside. Source: torch.distributed.fsdp.fully_sharded_data_parallel; Zhao et al., PyTorch FSDP,
-VLDB 2023.
+Names go through the wrapper: `named_parameters`, `state_dict` and attributes are those of what is
+inside. Source: torch.distributed.fsdp.fully_sharded_data_parallel; Zhao et al., PyTorch FSDP, VLDB
+2023.
 """
 
 from __future__ import annotations
@@ -344,7 +344,9 @@ class _Ignored:
                     "ignored_states expects all nn.Parameter or all nn.Module list elements, got "
                     f"{type(each)}"
                 )
-        self.modules = {below for m in self.states if isinstance(m, Module) for below in m.modules()}
+        self.modules = {
+            below for m in self.states if isinstance(m, Module) for below in m.modules()
+        }
         inside = [t for m in self.modules for t in (*m.parameters(), *m.buffers())]
         self.parameters = [*inside, *(t for t in self.states if isinstance(t, Tensor))]
         self.ids = {id(tensor) for tensor in self.parameters}

@@ -44,6 +44,7 @@ class ModuleState:
         self.backward_prefetch: list[ModuleState] | None = None
         self.root: Root | None = None
         self.is_root = False
+        self.summoned = False  # whether copies of the user stand in the modules
         self._entered: set[int] = set()  # modules of the group whose forward has begun, or is over
         for module in modules:
             module.register_forward_pre_hook(self.before, prepend=True, with_kwargs=True)
@@ -111,6 +112,11 @@ class ModuleState:
 
     def before(self, module: Module, args: Any, kwargs: Any) -> Any:
         root = self.make_root()
+        if self.summoned:
+            raise RuntimeError(
+                "forward inside summon_full_params: its whole parameters are copies, to look at "
+                "and to change; compute outside of the block"
+            )
         if id(module) not in self._entered and not self._entered:
             if self.is_root:
                 root.before_forward()

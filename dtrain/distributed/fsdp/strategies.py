@@ -53,9 +53,7 @@ def mesh_for(
     return device_mesh
 
 
-def _hybrid(
-    strategy: ShardingStrategy, groups: Any, device_mesh: DeviceMesh | None
-) -> DeviceMesh:
+def _hybrid(strategy: ShardingStrategy, groups: Any, device_mesh: DeviceMesh | None) -> DeviceMesh:
     if device_mesh is not None:
         if device_mesh.ndim != 2:
             raise ValueError(f"{strategy.name} takes a 2-D mesh, got one of {device_mesh.shape}")

@@ -65,7 +65,7 @@ def _copy(sharded: Any, with_grad: bool) -> Any:
 
 def _whole(tensor: Any) -> np.ndarray[Any, Any]:
     found: np.ndarray[Any, Any] = tensor.detach().full_tensor()._data
-    return found
+    return found.copy() if np.may_share_memory(found, tensor._data) else found
 
 
 def _write_back(unit: Unit, copies: Sequence[Any]) -> None:

@@ -73,7 +73,7 @@ class Unit:
         *,
         given_back: bool = False,
     ) -> None:
-        self.slots, self.precision = slots, precision
+        self.slots, self.precision, self.mesh = slots, precision, mesh
         self.group: ProcessGroup = mesh.get_group(mesh.ndim - 1)
         self.replicas: ProcessGroup | None = mesh.get_group(0) if mesh.ndim == 2 else None
         rank = self.group.rank()
@@ -107,7 +107,7 @@ class Unit:
         self._unreduced: Array | None = None  # the same of passes that did not reduce
         self._grads: Array | None = None  # room for the reduced ones of this rank, and flags
         self._grad_views: list[Any] = []
-        self._put(self.sharded)
+        self.put(self.sharded)
 
     @property
     def name(self) -> str:
@@ -180,14 +180,15 @@ class Unit:
         """Let the whole parameters stand in their modules."""
         for whole, sharded in zip(self.whole, self.sharded, strict=True):
             whole._requires_grad = sharded._requires_grad
-        self._put([face() for face in self._faces])
+        self.put([face() for face in self._faces])
         self.reading = True
 
     def show_sharded(self) -> None:
         """Let the sharded parameters stand in their modules."""
-        self._put(self.sharded)
+        self.put(self.sharded)
 
-    def _put(self, parameters: Sequence[Any]) -> None:
+    def put(self, parameters: Sequence[Any]) -> None:
+        """Let these stand in the modules."""
         for slots, parameter in zip(self.slots, parameters, strict=True):
             for slot in slots:
                 slot.module._parameters[slot.name] = parameter
