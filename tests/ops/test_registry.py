@@ -223,9 +223,7 @@ def test_half_precision_stays_half_and_so_do_gradients(op, arrays, attrs, dtype)
         k: dtype if v is torch.float64 else v.astype(kind) if is_floating(v) else v
         for k, v in attrs.items()
     }
-    inputs = [
-        torch.tensor(a).to(dtype).requires_grad_() if is_floating(a) else a for a in arrays
-    ]
+    inputs = [torch.tensor(a).to(dtype).requires_grad_() if is_floating(a) else a for a in arrays]
     for y in applied(op, inputs, attrs):
         assert y.dtype is dtype
         y.backward(torch.ones(y.shape).to(dtype))

@@ -30,7 +30,7 @@ from dtrain.distributed.fsdp.strategies import mesh_for, reshard_after_forward
 from dtrain.distributed.fsdp.summoning import summoned
 from dtrain.distributed.fsdp.unit import Unit
 from dtrain.distributed.fsdp.wrap import chosen_modules, replace_modules
-from dtrain.distributed.fsdp.wrapped_state import PREFIX, WRAPPED
+from dtrain.distributed.fsdp.wrapped_state import WRAPPED
 from dtrain.nn.modules.module import Module
 from dtrain.nn.parallel.distributed import copy_from
 from dtrain.nn.parallel.mixed_precision import cast_floating, map_tensors
@@ -143,12 +143,12 @@ class FullyShardedDataParallel(Module):
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
         """As without wrappers. A module above this one sees the wrapper's name, as in torch."""
         for name, parameter in super().named_parameters(*args, **kwargs):
-            yield name.replace(PREFIX, ""), parameter
+            yield wrapped_state.bare(name), parameter
 
     def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
         """As without wrappers."""
         for name, buffer in super().named_buffers(*args, **kwargs):
-            yield name.replace(PREFIX, ""), buffer
+            yield wrapped_state.bare(name), buffer
 
     # ---- computing
 
@@ -193,9 +193,10 @@ class FullyShardedDataParallel(Module):
 
     def apply(self, fn: Callable[[Module], Any]) -> FullyShardedDataParallel:
         """Call `fn` on every module, children first, with whole parameters, which it may change."""
+        if self._fsdp_state.summoned:  # below a wrapper whose `apply` this is
+            return super().apply(fn)
         with self.summon_full_params(self):
-            super().apply(fn)
-        return self
+            return super().apply(fn)
 
     def check_is_root(self) -> bool:
         """Whether it is the outermost wrapper."""

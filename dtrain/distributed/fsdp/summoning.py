@@ -59,7 +59,7 @@ def summoned(
 def _copy(sharded: Any, with_grad: bool) -> Any:
     whole = Parameter(make(_whole(sharded)), requires_grad=sharded.requires_grad)
     if with_grad and sharded._grad is not None:
-        whole.grad = make(_whole(sharded._grad))
+        whole.grad = make(_whole(sharded.grad))
     return whole
 
 

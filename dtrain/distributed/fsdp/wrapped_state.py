@@ -92,10 +92,8 @@ def _only_first(config: Any) -> bool:
 
 def is_first(state: ModuleState) -> bool:
     """Whether this rank is the first of its mesh, which has what `rank0_only` promises."""
-    if not state.units:
-        return True
-    mesh = state.units[0].mesh
-    return bool(mesh.ranks.flat[0] == mesh.get_rank())
+    units = [unit for each in state.states() for unit in each.units]
+    return not units or bool(units[0].mesh.ranks.flat[0] == units[0].mesh.get_rank())
 
 
 def keys_with_wrapper(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
