@@ -17,7 +17,7 @@ from dtrain.distributed.fsdp import (
     MixedPrecision,
     ShardingStrategy,
 )
-from dtrain.distributed.fsdp.wrap import ModuleWrapPolicy
+from dtrain.distributed.fsdp.wrap import CustomPolicy
 from dtrain.testing.distributed import run_distributed
 from tests.distributed.fsdp import training
 from tests.distributed.fsdp.test_golden import TOLERANCE, alone, train as train_fully_shard
@@ -31,8 +31,8 @@ HYBRID = ("HYBRID_SHARD", "_HYBRID_SHARD_ZERO2")
 def wrapped(name, **options):
     model = nn.SyncBatchNorm.convert_sync_batchnorm(training.made(name))
     parts = training.PARTS[name]
-    classes = parts if isinstance(parts, tuple) else (parts,)
-    options.setdefault("auto_wrap_policy", ModuleWrapPolicy(classes))
+    policy = CustomPolicy(lambda module: type(module).__name__ in parts)
+    options.setdefault("auto_wrap_policy", policy)
     return FSDP(model, **options)
 
 
