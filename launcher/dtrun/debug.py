@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dtrun import table
+from dtrun.rendezvous import RUN_FILE
 from dtrun.spec import interpreter_flags
 
-RUN_FILE = "run-id"  # in a run directory: which run that is
 SHOWN = 10
 PATIENCE_SECONDS = 10.0
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 # A unix socket's path holds 107 bytes; leave some for the names below the run directory.
 LONGEST_BASE = 60
+RUN_FILE = "run-id"  # in a run directory: which run that is
 
 
 def reserve_port(host: str, port: int = 0) -> socket.socket:
@@ -59,8 +60,11 @@ def claim(run_dir: str) -> None:
 
 
 def remove_leftovers(base: str) -> None:
-    """Remove the directories of runs whose every process was killed at once."""
-    for path in Path(base).glob("dtrun-*/*"):
+    """Remove the directories of runs whose every process was killed at once, and no others.
+
+    A run's are known by their name and their RUN_FILE: `dtrun-results` may be somebody's own.
+    """
+    for path in Path(base).glob(f"dtrun-{'[0-9a-f]' * 12}/{RUN_FILE}"):
         folder = path.parent
         try:
             if folder.stat().st_uid != os.geteuid():

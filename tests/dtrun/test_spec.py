@@ -5,12 +5,20 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import subprocess
 import sys
 
 import pytest
 
 from dtrun import spec as specs
-from dtrun.rendezvous import LONGEST_BASE, make_run_dir, remove_run_dir, reserve_port
+from dtrun.rendezvous import (
+    LONGEST_BASE,
+    RUN_FILE,
+    make_run_dir,
+    remove_leftovers,
+    remove_run_dir,
+    reserve_port,
+)
 from dtrun.spec import MODULE, PROGRAM, Attempt, Spec
 
 ATTEMPT = Attempt(
@@ -145,6 +153,24 @@ def test_the_run_dir_is_private(variable):
         assert os.listdir(base) == []
     finally:
         os.rmdir(base)
+
+
+def test_only_what_a_killed_run_has_left_is_removed(tmp_path):
+    """A folder of the user's own with a name like a run's stays, and so does one in use."""
+    script = f"from dtrun.rendezvous import claim; claim({str(tmp_path)!r} + '/dtrun-{'b' * 12}')\n"
+    for name in ("a" * 12, "b" * 12, "results", "test-1", "0123456789AB"):
+        (tmp_path / f"dtrun-{name}" / "0").mkdir(parents=True)
+        (tmp_path / f"dtrun-{name}" / RUN_FILE).write_text("x")
+    (tmp_path / f"dtrun-{'c' * 12}" / "0").mkdir(parents=True)  # no run: it has no file of one
+    command = [sys.executable, "-c", f"{script}print(flush=True); input()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as living:
+        assert living.stdout.readline() == b"\n"
+        remove_leftovers(str(tmp_path))
+        left = {path.name.removeprefix("dtrun-") for path in tmp_path.iterdir()}
+        living.stdin.write(b"\n")
+    assert left == {"b" * 12, "c" * 12, "results", "test-1", "0123456789AB"}
+    remove_leftovers(str(tmp_path))
+    assert not (tmp_path / f"dtrun-{'b' * 12}").exists()
 
 
 def test_a_base_too_long_for_unix_sockets_is_not_used(tmp_path):
