@@ -20,6 +20,7 @@ from dtrun import meeting, options
 NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")  # with its suffixes at most 63, as a label
 SECRET_FOLDER, KEY = "/run/secrets/dtrun", "job.key"
 USER = 1000
+GRACE_SECONDS = 60  # more than what dtrun gives its ranks (--shutdown-timeout)
 DEFAULT_PORT = options.DEFAULT_PORT
 
 Parse = Callable[[Sequence[str]], argparse.Namespace]
@@ -194,6 +195,7 @@ def _pod_spec(mine: argparse.Namespace, command: list[str]) -> dict[str, Any]:
     }
     return {
         "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": GRACE_SECONDS,
         "securityContext": {
             "runAsNonRoot": True,
             "runAsUser": USER,
@@ -241,6 +243,8 @@ def slurm(mine: argparse.Namespace, given: argparse.Namespace, flags: Sequence[s
         "mem": f"{amount}{unit}",
         "time": mine.time,
         "output": "%x-%j.out",
+        # A minute before the limit: ranks that ask should_stop() write their checkpoint.
+        "signal": "TERM@60",
     }
     if mine.partition:
         settings["partition"] = mine.partition

@@ -21,7 +21,7 @@ yaml = pytest.importorskip("yaml", reason=WHY)
 K8S = ["k8s", "--nnodes", "4", "--nproc-per-node", "8", "train.py", "--lr", "0.1", "a b", "1e3: #"]
 # Of sbatch(1): those that a manifest may use.
 SBATCH = {"job-name", "nodes", "ntasks-per-node", "cpus-per-task", "mem", "time", "output"}
-SBATCH |= {"partition"}
+SBATCH |= {"partition", "signal"}
 SCHEMAS = ROOT / "tests" / "recorded" / "kubernetes" / "schemas.json"
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import sys
 import textwrap
 import time
 
@@ -14,6 +17,7 @@ from tests.multiprocessing import programs
 
 why = "not run: no Jupyter kernel; install the extra 'test'"
 manager = pytest.importorskip("jupyter_client.manager", reason=why)
+kernelspec = pytest.importorskip("jupyter_client.kernelspec", reason=why)
 pytest.importorskip("ipykernel", reason=why)
 
 mp = torch.multiprocessing
@@ -57,9 +61,16 @@ def sleep():
 class Kernel:
     """A Jupyter kernel and its client; runs cells as a notebook does."""
 
-    def __init__(self):
-        self.manager = manager.KernelManager()
-        self.manager.start_kernel()
+    def __init__(self, folder):
+        """Of this interpreter, whatever kernels the user has, and with no trace in his home."""
+        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        (folder / "own").mkdir()
+        spec = {"argv": argv, "display_name": "own", "language": "python"}
+        (folder / "own" / "kernel.json").write_text(json.dumps(spec))
+        specs = kernelspec.KernelSpecManager(kernel_dirs=[str(folder)])
+        self.manager = manager.KernelManager(kernel_name="own", kernel_spec_manager=specs)
+        self.manager.connection_file = str(folder / "connection.json")
+        self.manager.start_kernel(env=os.environ | {"IPYTHONDIR": str(folder / "ipython")})
         self.client = self.manager.blocking_client()
         self.client.start_channels()
         self.client.wait_for_ready(timeout=DEADLINE)
@@ -101,8 +112,8 @@ class Kernel:
 
 
 @pytest.fixture(scope="module")
-def kernel():
-    started = Kernel()
+def kernel(tmp_path_factory):
+    started = Kernel(tmp_path_factory.mktemp("kernel"))
     assert started.run(SET_UP)[0]["status"] == "ok"
     yield started
     started.close()
@@ -149,8 +160,8 @@ def test_an_interrupt_ends_all_ranks(kernel):
 
 
 @pytest.mark.timeout(180)
-def test_ranks_do_not_outlive_a_killed_kernel():
-    kernel = Kernel()
+def test_ranks_do_not_outlive_a_killed_kernel(tmp_path):
+    kernel = Kernel(tmp_path)
     try:
         kernel.run(SET_UP)
         kernel.start("torch.notebook_launcher(sleep, num_processes=2)")
