@@ -14,6 +14,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from importlib import metadata
 from typing import Any
 
@@ -28,6 +29,12 @@ __all__ = ["get_env_info", "get_pretty_env_info", "main"]
 PACKAGES = (
     *("numpy", "pyzmq", "msgpack", "cloudpickle", "psutil", "threadpoolctl", "safetensors"),
     *("ml-dtypes", "mpi4py", "torch"),
+)
+# All of docs/environment.md with this prefix: another one is a slip of the pen.
+OWN = "DTRAIN_"
+KNOWN = (
+    *("DATA_PLANE", "DEBUG", "GID", "LOCAL_ADDR", "LOG", "MEMORY", "RUN_DIR", "SECRET_FILE"),
+    *("STALL_WARNING", "TRACE", "UID"),
 )
 SHOWN = ("DTRAIN_", "PET_", "TORCH", "OMP_", "OPENBLAS_", "MKL_", "BLIS_", "GOTO_", "MALLOC_")
 SHOWN_NAMES = (
@@ -56,6 +63,7 @@ def get_env_info() -> dict[str, Any]:
         "zmq_curve": bool(zmq.has("curve")),
         "packages": {name: _version(name) for name in PACKAGES},
         "variables": variables(os.environ),
+        "unknown_variables": unknown_variables(os.environ),
     }
 
 
@@ -87,6 +95,13 @@ def variables(environ: Mapping[str, str]) -> dict[str, str]:
     return dict(sorted(mine.items()))
 
 
+def unknown_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """{name: the nearest that is read, or ""} of those with our prefix that nothing reads."""
+    own = sorted(name.removeprefix(OWN) for name in environ if name.startswith(OWN))
+    near = {name: get_close_matches(name, KNOWN, n=1) for name in own if name not in KNOWN}
+    return {OWN + name: OWN + found[0] if found else "" for name, found in near.items()}
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
@@ -97,6 +112,7 @@ def _version(package: str) -> str | None:
 def get_pretty_env_info() -> str:
     """The facts as a text to paste into a report, without a newline at the end."""
     facts = get_env_info()
+    unknown = facts.pop("unknown_variables")
     packages, chosen, blas = (facts.pop(name) for name in ("packages", "variables", "blas"))
     lines = [f"{name.replace('_', ' ')}: {_words(name, value)}" for name, value in facts.items()]
     lines += ["", "blas:"]
@@ -106,6 +122,7 @@ def get_pretty_env_info() -> str:
     lines += [f"  {name}: {version or 'not installed'}" for name, version in packages.items()]
     lines += ["", "variables:"]
     lines += [f"  {name}={value}" for name, value in chosen.items()] or ["  none is set"]
+    lines += [f"  {name}: nothing reads it" for name in unknown]
     return "\n".join(lines)
 
 

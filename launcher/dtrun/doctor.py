@@ -8,6 +8,7 @@ two ranks really run. Takes about two seconds; nothing is changed, nothing leave
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
 import shlex
@@ -17,7 +18,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from dtrun import findings
+from dtrun import cli, findings
 from dtrun.findings import FAILED, OK, PATIENCE_SECONDS, WARNING, Finding
 from dtrun.keeper import CANNOT_START
 from dtrun.spec import cores, interpreter_flags
@@ -48,7 +49,7 @@ def examine(environ: Mapping[str, str]) -> Iterator[Finding]:
     facts = library_facts(environ)
     yield library(facts)
     if "error" not in facts:
-        yield from (blas(facts), processors(facts), memory(facts))
+        yield from (blas(facts), processors(facts), memory(facts), variables(facts, environ))
         yield two_ranks(environ)
 
 
@@ -147,6 +148,26 @@ def memory(facts: Mapping[str, Any]) -> Finding:
             "memory", WARNING, what, "end other programs, or raise the container's limit of memory"
         )
     return Finding("memory", OK, what)
+
+
+def variables(facts: Mapping[str, Any], environ: Mapping[str, str]) -> Finding:
+    """No variable with our prefixes is set that nothing reads, as one that is misspelt."""
+    flags = [_preset(flag) for flag in (*cli.make_parser().flags, *cli.NOT_YET)]
+    unknown: dict[str, str] = dict(facts["unknown_variables"])
+    for name in sorted(environ):
+        if name.startswith(PRESETS) and name not in flags:
+            unknown[name] = next(iter(difflib.get_close_matches(name, flags, n=1)), "")
+    if not unknown:
+        return Finding("variables", OK, "each DTRAIN_ and PET_ variable that is set is read")
+    near = [f"{one} instead of {name}" for name, one in unknown.items() if one]
+    return Finding(
+        "variables", WARNING, f"nothing reads {', '.join(unknown)}",
+        f"did you mean {', '.join(near)}?" if near else "unset what is not needed any more",
+    )  # fmt: skip
+
+
+def _preset(flag: str) -> str:
+    return PRESETS + flag.removeprefix("--").replace("-", "_").upper()
 
 
 def two_ranks(environ: Mapping[str, str]) -> Finding:

@@ -22,6 +22,7 @@ FACTS = {
     "blas": [{"internal_api": "openblas", "version": "0.3", "architecture": "Zen"}],
     "products_exact": True,
     "variables": {},
+    "unknown_variables": {},
     "processor": "some",
     "cores_usable": 4,
     "processor_quota": None,
@@ -109,6 +110,14 @@ def test_a_fault_of_the_library_is_seen(check, broken, state, said):
     assert (found.state, said in found.what) == (state, True), found
     assert found.remedy
     assert check(FACTS).state == OK
+
+
+def test_a_misspelt_variable_is_seen():
+    environ = {"PET_NPROC_PER_NOD": "2", "PET_NNODES": "1", "PET_RUN_PATH": ""}
+    found = doctor.variables(FACTS | {"unknown_variables": {"DTRAIN_X": ""}}, environ)
+    assert (found.state, found.what) == (WARNING, "nothing reads DTRAIN_X, PET_NPROC_PER_NOD")
+    assert found.remedy == "did you mean PET_NPROC_PER_NODE instead of PET_NPROC_PER_NOD?"
+    assert doctor.variables(FACTS, {"PET_NNODES": "1"}).state == OK
 
 
 def test_every_check_has_a_fault():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 
 import dtrain as torch
 from dtrain.utils import collect_env
+from tests.tree import ROOT
 
 
 def report(module, *arguments, **environment):
@@ -38,6 +40,17 @@ def test_torchs_names_are_there():
     info = torch.utils.collect_env.get_env_info()
     assert info.keys() == json.loads(json.dumps(info)).keys()
     assert "products exact: True" in collect_env.get_pretty_env_info().splitlines()
+
+
+def test_a_variable_that_nothing_reads_is_told_with_its_neighbour():
+    environ = {"DTRAIN_TRCE": "x", "DTRAIN_TRACE": "y", "DTRAIN_QQQQQQ": "", "OMP_X": ""}
+    found = collect_env.unknown_variables(environ)
+    assert found == {"DTRAIN_QQQQQQ": "", "DTRAIN_TRCE": "DTRAIN_TRACE"}
+
+
+def test_the_known_variables_are_those_of_the_page():
+    page = (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"`DTRAIN_([A-Z_]+)`", page)) == set(collect_env.KNOWN)
 
 
 def test_a_package_that_is_not_there_is_said_to_be_so(monkeypatch):
