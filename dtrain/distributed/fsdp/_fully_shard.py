@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from dtrain.distributed.device_mesh import DeviceMesh
+from dtrain.distributed.fsdp.joining import JoiningUnits
 from dtrain.distributed.fsdp.making import make_state
 from dtrain.distributed.fsdp.policies import MixedPrecisionPolicy, OffloadPolicy
 from dtrain.distributed.fsdp.state import ModuleState, state_of
@@ -111,7 +112,7 @@ def _class_for(cls: type) -> type:
     return _classes[cls]
 
 
-class FSDPModule:
+class FSDPModule(JoiningUnits):
     """The verbs of a module that `fully_shard` was called on. Source: torch's FSDPModule."""
 
     _fsdp_state: ModuleState

@@ -23,6 +23,7 @@ from dtrain.distributed.fsdp.api import (
     StateDictSettings,
     StateDictType,
 )
+from dtrain.distributed.fsdp.joining import JoiningUnits
 from dtrain.distributed.fsdp.making import make_state
 from dtrain.distributed.fsdp.policies import MixedPrecisionPolicy
 from dtrain.distributed.fsdp.state import ModuleState
@@ -39,7 +40,7 @@ from dtrain.optim.optimizer import Optimizer
 from dtrain.tensor import Tensor
 
 
-class FullyShardedDataParallel(Module):
+class FullyShardedDataParallel(Module, JoiningUnits):
     """Divide the parameters of `module`, their gradients and optimizer state among ranks.
 
     process_group, device_mesh   the ranks that share, default all; for hybrid strategies a tuple of

@@ -12,18 +12,20 @@ Owns: `Root`, which the hooks of modules tell what happens. Rules:
 3. What comes next is gathered beside what computes: the unit that came next in the forward pass
    before, and in backward the one that came before in forward; or those that the user names. At
    most `LIMIT` units are being reduced at once, and without names as many are whole.
+4. What a pass does is recorded: a rank that is out of batches does it again, without computing.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dtrain.autograd import engine
-from dtrain.autograd.grad_mode import is_grad_enabled
+from dtrain.autograd.grad_mode import is_grad_enabled, set_grad_enabled
 from dtrain.comm.collectives import Barrier, Broadcast
 from dtrain.distributed.fsdp.memory import Pool
 from dtrain.distributed.fsdp.unit import Flight, State, Unit
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from dtrain.distributed.fsdp.state import ModuleState
 
 LIMIT = 2
+
+Step = tuple[bool, Callable[[], None]]  # whether it belongs to backward, and what is done
 _LARGE = 32 << 20  # bytes: below, giving memory back takes longer than it is worth
 
 
@@ -59,6 +63,10 @@ class Root:
         self._flights: deque[Flight] = deque()
         self._forwards: list[ModuleState] = []  # as their forwards began in this pass
         self._before: list[ModuleState] = []  # and in the one before
+        self.announce: Callable[[], None] | None = None  # what is said before a pass: see joining
+        self._steps: list[Step] = []  # of this pass
+        self._last: list[Step] = []  # of the last one that had a backward pass
+        self._again = False  # whether they are being done again
         if sum(unit.home.array.nbytes for unit in units) >= _LARGE:
             return_freed_memory()  # what the whole parameters took when the model was made
 
@@ -70,10 +78,15 @@ class Root:
             if engine.is_running():
                 return
             self._abandon()
+        if self.announce is not None:
+            self.announce()
+        self._fence()
+
+    def _fence(self) -> None:
         if self._passes and not self._settled:
             self._settle()
         if is_grad_enabled():
-            self._before, self._forwards = self._forwards, []
+            self._before, self._forwards, self._steps = self._forwards, [], []
         stale = [unit for unit in self.units if unit.stale and not unit.home.moves]
         for unit in stale:
             unit.publish()
@@ -83,7 +96,8 @@ class Root:
 
     def gather_for_forward(self, state: ModuleState) -> None:
         """Wait for the units of a module whose forward begins, and begin to gather the next."""
-        if engine.is_running():  # activations computed again
+        self.record(partial(self.gather_for_forward, state))
+        if self.is_in_backward():  # activations computed again
             self._gather(state, [], [])
             return
         place = len(self._forwards)
@@ -95,6 +109,7 @@ class Root:
 
     def gather_for_backward(self, state: ModuleState) -> None:
         """Wait for the units of a module whose backward begins, and begin to gather the next."""
+        self.record(partial(self.gather_for_backward, state), backward=True)
         at = max((n for n, each in enumerate(self._forwards) if each is state), default=0)
         self._gather(state, state.backward_prefetch, self._forwards[max(at - 1, 0) : at])
         for unit in state.units:
@@ -122,6 +137,7 @@ class Root:
         """One more gradient of a unit's parameters is complete."""
         if not self._running:
             self._start()
+            engine.queue_callback(self._finish)
         if unit.state is not State.WHOLE and not unit.home.stays:
             raise RuntimeError(
                 f"the gradient of '{unit.name}' was computed when its unit had been given back: "
@@ -129,8 +145,12 @@ class Root:
                 "use reshard_after_forward=False."
             )
         self._pending[id(unit)] -= 1
-        if self._pending[id(unit)]:
-            return
+        if not self._pending[id(unit)]:
+            self._complete(unit)
+
+    def _complete(self, unit: Unit) -> None:
+        self.record(partial(self._complete, unit), backward=True)
+        self._pending[id(unit)] = 0
         if all(p._requires_grad for p in unit.whole):  # else what is frozen may be needed still
             unit.leave()
         if not self._settled:
@@ -141,7 +161,6 @@ class Root:
         self._running, self._next = True, 0
         self._seen = []
         self._pending = {id(unit): sum(p._requires_grad for p in unit.whole) for unit in self.units}
-        engine.queue_callback(self._finish)
 
     def _reduce_complete(self) -> None:
         """Reduce every unit whose turn it is and whose gradients are all there."""
@@ -181,8 +200,43 @@ class Root:
             self._land()
         self._running = False
         self._passes += 1
+        self._last = self._steps
         for unit in self.units:
             unit.leave()
+
+    # ---- a pass without a batch
+
+    def record(self, step: Callable[[], None], *, backward: bool | None = None) -> None:
+        """Keep what is being done in a pass that will have a backward pass, or is in it."""
+        backward = self.is_in_backward() if backward is None else backward
+        if backward or is_grad_enabled():
+            self._steps.append((backward, step))
+
+    def shadow(self, *, backward: bool, reduces: bool) -> None:
+        """Do what the last pass of this rank did, without computing and with no gradients."""
+        if not self._last:
+            raise RuntimeError(
+                "a rank that has not had one batch cannot join: it does not know what the others "
+                "do in a pass. Give every rank at least one."
+            )
+        steps = self._last
+        with set_grad_enabled(backward):
+            self._fence()
+            for _, step in (each for each in steps if not each[0]):
+                step()
+            for unit in self.units:
+                unit.reading, unit.sync = True, reduces  # as on ranks that compute
+            if backward:
+                self._again = True
+                self._start()
+                for _, step in (each for each in steps if each[0]):
+                    step()
+                self._finish()
+                self._again = False
+
+    def is_in_backward(self) -> bool:
+        """Whether a backward pass is on, or its steps are done again."""
+        return self._again or engine.is_running()
 
     def _abandon(self) -> None:
         """Forget a pass that an exception cut short."""

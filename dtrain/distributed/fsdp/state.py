@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dtrain.autograd import engine
 from dtrain.autograd.grad_mode import is_grad_enabled
 from dtrain.distributed.fsdp.policies import MixedPrecisionPolicy
 from dtrain.distributed.fsdp.root import Root, meet
@@ -140,9 +139,11 @@ class ModuleState:
         return None
 
     def _end_forward(self) -> None:
+        assert self.root is not None
+        self.root.record(self._end_forward)
         for unit in self.units:
             unit.show_sharded()
-            if self.reshard_after_forward and not engine.is_running():
+            if self.reshard_after_forward and not self.root.is_in_backward():
                 unit.reshard()
 
     def _watch(self, output: Tensor) -> Tensor:

@@ -42,14 +42,24 @@ class Agreement(NamedTuple):
 
 def agree(group: ProcessGroup, calls: tuple[bool, ...] | None) -> Agreement:
     """Tell the others one's `calls` (None: one is through) and hear theirs; waits for all."""
-    words = np.zeros(group.size() + 4, np.int64)
+    active, source, done = heard(group, calls, 4)
+    return Agreement(active, source, *done)
+
+
+def heard(
+    group: ProcessGroup, calls: tuple[bool, ...] | None, count: int
+) -> tuple[int, int, list[bool]]:
+    """How many ranks are active, the first of them, and which of `count` calls any of them makes.
+
+    `calls` are this rank's; None: it is through. One small all-reduce.
+    """
+    words = np.zeros(group.size() + count, np.int64)
     if calls is not None:
         words[group.rank()] = 1
         words[group.size() :] = calls
     group.issue(AllReduce(words))
     flags = words[: group.size()]
-    done = (words[group.size() :] > 0).tolist()
-    return Agreement(int(flags.sum()), int(flags.argmax()), *done)
+    return int(flags.sum()), int(flags.argmax()), (words[group.size() :] > 0).tolist()
 
 
 class JoiningModel(Joinable):
