@@ -2,8 +2,8 @@
 
 A rank that is through owns parts of the parameters: it goes on with the others, does what a pass
 does without computing, and takes every optimizer step. Rules: 1. Before a pass the ranks agree on
-what it will do, by one small all-reduce. 2. After a pass all ranks have the same gradients' parts as
-if the rank that is through had contributed zeros. Source: torch.distributed.algorithms.join.
+does without computing, and takes every optimizer step. Rules: 1. Before a pass ranks agree on what
+it will do, by one small all-reduce. 2. After a pass all ranks have the same gradients' parts as
 """
 
 from __future__ import annotations

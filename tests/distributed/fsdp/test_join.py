@@ -1,4 +1,4 @@
-"""`Join` with sharded models: ranks with different numbers of batches train as one process would."""
+"""`Join` with sharded models: ranks with different numbers of batches train as one process does."""
 
 from __future__ import annotations
 
