@@ -1,9 +1,9 @@
 """Sharded models where ranks have different numbers of batches: what `Join` makes them do.
 
 A rank that is through owns parts of the parameters: it goes on with the others, does what a pass
-does without computing, and takes every optimizer step. Rules: 1. Before a pass the ranks agree on
 does without computing, and takes every optimizer step. Rules: 1. Before a pass ranks agree on what
-it will do, by one small all-reduce. 2. After a pass all ranks have the same gradients' parts as
+it will do, by one small all-reduce. 2. After a pass all ranks have the same gradients' parts as if
+the rank that is through had contributed zeros. Source: torch.distributed.algorithms.join.
 """
 
 from __future__ import annotations
