@@ -2,7 +2,8 @@
 
 Owns: the command, and the findings about the library, which a process of its own looks at: the
 launcher loads neither dtrain nor NumPy. The findings about the host are in `dtrun.findings`. Last,
-two ranks really run. Takes about two seconds; nothing is changed, nothing leaves this host.
+two ranks really run. Takes about two seconds; nothing is changed, and but for the endpoint of a job
+that is asked about nothing leaves this host.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from dtrun import cli, findings
+from dtrun import cli, findings, options
 from dtrun.findings import FAILED, OK, PATIENCE_SECONDS, WARNING, Finding
 from dtrun.keeper import CANNOT_START
 from dtrun.spec import cores, interpreter_flags
@@ -34,18 +35,23 @@ def main(argv: Sequence[str]) -> int:
         prog="dtrun doctor",
         description="Look whether this host can run dtrain; each finding with its remedy.",
     )
-    parser.parse_args(argv)
+    parser.add_argument("--rdzv-endpoint", metavar="HOST[:PORT]", help="look at the way there, too")
+    given = parser.parse_args(argv)
     found = []
-    for finding in examine(os.environ):
+    for finding in examine(os.environ, given.rdzv_endpoint):
         print("\n".join(lines(finding)), flush=True)
         found.append(finding)
     print(summary(found))
     return 1 if any(one.state == FAILED for one in found) else 0
 
 
-def examine(environ: Mapping[str, str]) -> Iterator[Finding]:
+def examine(environ: Mapping[str, str], endpoint: str | None = None) -> Iterator[Finding]:
     """Every finding, as soon as it is made."""
     yield from (check() for check in findings.HOST)
+    if endpoint is not None:
+        host, colon, port = endpoint.rpartition(":")
+        host, port = (host, port) if colon and port.isdecimal() else (endpoint, "")
+        yield findings.endpoint(host.strip("[]"), int(port or options.DEFAULT_PORT))
     facts = library_facts(environ)
     yield library(facts)
     if "error" not in facts:

@@ -28,6 +28,7 @@ from dtrun.rendezvous import make_run_dir, reserve_port
 
 OK, WARNING, FAILED = "ok", "warning", "failed"
 PATIENCE_SECONDS = 60.0  # for a process that takes half a second where nobody else works
+CONNECT_SECONDS = 5.0
 # A rank holds 30 to 40 descriptors and 4 to 6 for each other rank of its host (measured, 2 and 8).
 FILES_OF_A_RANK, FILES_OF_A_PEER = 40, 6
 ROOM = 1 << 24  # bytes: the shared memory and the space in the run directory that are tried
@@ -74,6 +75,28 @@ def meeting_port(port: int = options.DEFAULT_PORT) -> Finding:
             "with several nodes, name another: --rdzv-endpoint HOST:PORT",
         )  # fmt: skip
     return Finding("port", OK, f"{port}, where several nodes meet by default, is free")
+
+
+def endpoint(host: str, port: int, seconds: float = CONNECT_SECONDS) -> Finding:
+    """Node 0 can be reached from here; whether it listens already does not matter."""
+    try:
+        with socket.create_connection((host, port), timeout=seconds) as line:
+            own, there = line.getsockname()[0], line.getpeername()[0]
+        what = f"{host}:{port} is {there} and answers; the way there starts at {own}"
+    except ConnectionRefusedError:
+        what = f"{host}:{port} is there; nobody listens yet"
+    except socket.gaierror as error:
+        return Finding(
+            "endpoint", FAILED, f"{host} is not resolved: {error.strerror}",
+            "name node 0 by its address, or put it into /etc/hosts",
+        )  # fmt: skip
+    except OSError as error:
+        return Finding(
+            "endpoint", FAILED, f"{host}:{port} cannot be reached from here: {error}",
+            "open the port in the firewall between the nodes, and all ports above 1024 among them: "
+            "ranks choose free ones",
+        )  # fmt: skip
+    return Finding("endpoint", OK, what)
 
 
 def run_directory(environ: Mapping[str, str] = os.environ) -> Finding:

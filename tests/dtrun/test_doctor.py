@@ -38,6 +38,13 @@ def raises(number):
     return probe
 
 
+def raises_this(error):
+    def probe(*arguments, **options):
+        raise error
+
+    return probe
+
+
 def addresses(**known):
     return lambda name: known[name]
 
@@ -154,6 +161,37 @@ def test_a_port_in_use_is_seen():
     assert findings.meeting_port(port).state == OK
 
 
+def test_the_way_to_node_0_is_looked_at(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        port = head.getsockname()[1]
+        found = findings.endpoint("127.0.0.1", port)
+        there = f"127.0.0.1:{port} is 127.0.0.1 and answers"
+        assert found.what == f"{there}; the way there starts at 127.0.0.1"
+    found = findings.endpoint("127.0.0.1", port)
+    assert (found.state, found.what) == (OK, f"127.0.0.1:{port} is there; nobody listens yet")
+    for error, said in (
+        (socket.gaierror(-2, "Name or service not known"), "node0 is not resolved: Name or"),
+        (TimeoutError("timed out"), "node0:1 cannot be reached from here: timed out"),
+        (OSError(113, "No route to host"), "No route to host"),
+    ):
+        monkeypatch.setattr(findings.socket, "create_connection", raises_this(error))
+        found = findings.endpoint("node0", 1)
+        assert (found.state, said in found.what) == (FAILED, True), found
+        assert found.remedy
+
+
+@pytest.mark.parametrize(
+    ("text", "asked"),
+    [("n0:81", ("n0", 81)), ("n0", ("n0", 29500)), ("[::1]:82", ("::1", 82))],
+)
+def test_the_endpoint_is_asked_for_when_it_is_named(monkeypatch, text, asked):
+    monkeypatch.setattr(findings, "HOST", ())
+    monkeypatch.setattr(doctor, "library_facts", lambda environ: {"error": "-"})
+    monkeypatch.setattr(findings, "endpoint", lambda host, port: (host, port))
+    assert next(doctor.examine({}, text)) == asked
+    assert [found.check for found in doctor.examine({})] == ["library"]
+
+
 def test_somebody_who_answers_at_our_port_is_seen(monkeypatch):
     class Proxy:
         def close(self):
@@ -242,7 +280,7 @@ def test_a_process_that_does_not_end_or_start_is_said_to_be_so(monkeypatch):
 
 def test_the_summary_counts_and_the_exit_code_follows(monkeypatch, capsys):
     found = [Finding("a", OK, "x"), Finding("b", WARNING, "y", "do this")]
-    monkeypatch.setattr(doctor, "examine", lambda environ: iter(found))
+    monkeypatch.setattr(doctor, "examine", lambda *_: iter(found))
     assert main(["doctor"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "ok       a              x",

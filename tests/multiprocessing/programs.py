@@ -92,3 +92,9 @@ def lock():
     import threading
 
     return threading.Lock()
+
+
+def answer(index, questions, answers):
+    """Twice what is asked, as a tensor, with the gradient flag that it came with."""
+    x = questions.get()
+    answers.put((2 * x.detach()).requires_grad_(x.requires_grad))

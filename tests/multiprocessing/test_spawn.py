@@ -123,6 +123,19 @@ def test_an_interrupt_in_a_process_is_no_failure_of_it():
     assert mp.start_processes(programs.interrupted, (), 2, start_method="forkserver") is None
 
 
+def test_tensors_travel_through_queues_as_copies():
+    context = mp.get_context("forkserver")
+    questions, answers = context.SimpleQueue(), context.SimpleQueue()
+    x = torch.arange(6, dtype=torch.float32).view(2, 3).requires_grad_()
+    questions.put(x)
+    mp.start_processes(programs.answer, (questions, answers), 1, start_method="forkserver")
+    y = answers.get()
+    assert torch.equal(y, 2 * x)
+    assert (y.dtype, y.requires_grad, y.is_leaf) == (torch.float32, True, True)
+    questions.close()
+    answers.close()
+
+
 def test_a_function_without_a_name_is_refused_and_nothing_stays():
     with pytest.raises((AttributeError, pickle.PicklingError)):
         mp.spawn(lambda index: None, nprocs=2)
