@@ -40,6 +40,7 @@ bench: $(VENV)/.installed ## time collectives, ops and whole training steps
 stress: $(VENV)/.installed-test ## repeat the tests with threads, processes and sockets ROUNDS times
 	@for round in $$(seq $(ROUNDS)); do \
 	  echo "round $$round of $(ROUNDS)"; \
+	  DTRAIN_TEST_CALLS=100000 \
 	  $(BIN)/python -m pytest -q -x tests/comm tests/distributed tests/dtrun $(ARGS) || exit 1; \
 	done
 
