@@ -19,6 +19,7 @@ from concurrent.futures import CancelledError
 from functools import partial
 from typing import Any
 
+from dtrain.comm.record import call_site
 from dtrain.comm.store.base import Store
 from dtrain.distributed.rpc import failures
 from dtrain.distributed.rpc.calls import Call, RpcFuture
@@ -118,7 +119,7 @@ class Agent:
         parts = [func, tuple(args or ()), dict(kwargs or {})]
         packed = self._packed(to, parts, "call")
         what = called(func, parts[1])
-        subject = [what, None if name is None else list(name)]
+        subject = [what, None if name is None else [list(name), call_site()]]
         return self._start(to, CALL, what, timeout, packed, subject)
 
     def _start(
@@ -213,7 +214,8 @@ class Agent:
         """Write down the references in a message before anything that comes after it is heard."""
         kind, _, subject, given, _ = envelope
         if kind == CALL and subject[1] is not None:
-            self.references.create(Name(*subject[1]), sender)
+            name, site = subject[1]
+            self.references.create(Name(*name), sender, site)
         envelope[3] = self.references.take(given, sender)
 
     def _on_message(self, sender: int, envelope: list[Any], buffers: list[Any]) -> None:

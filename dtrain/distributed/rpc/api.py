@@ -116,8 +116,9 @@ def statistics() -> dict[str, dict[str, float]]:
 def get_debug_info() -> dict[str, Any]:
     """The references and calls alive here. Not in torch.
 
-    `owned`: {reference: the other workers that hold it}; `held`: {reference: its owner}; `pinned`:
-    how many are passed on and not yet in their owner's books; `calls_waiting`, `calls_served`.
+    `owned`: {reference: the other workers that hold it}; `made_at`: {reference: file and line where
+    it was made}; `held`: {reference: its owner}; `pinned`: how many are passed on and not yet in
+    their owner's books; `calls_waiting`, `calls_served`.
     """
     info: dict[str, Any] = current.agent().debug_info()
     return info
@@ -135,9 +136,11 @@ def shutdown(graceful: bool = True, timeout: float = 0) -> None:
     try:
         if graceful:
             drain(agent, time.monotonic() + timeout if timeout > 0 else float("inf"))
-            held = {name: who for name, who in agent.debug_info()["owned"].items() if who}
-            if held:
-                _log.warning("references still held by others at shutdown: %s", held)
+            info = agent.debug_info()
+            for name, who in info["owned"].items():
+                if who:
+                    what = "reference %s, made at %s, is still held by %s at shutdown"
+                    _log.warning(what, name, info["made_at"][name], who)
     finally:
         current.install(None)
         try:

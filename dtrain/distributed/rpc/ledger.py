@@ -40,12 +40,15 @@ class Ledger:
         self.rank = rank
         self.credits: dict[Name, Counter[int]] = {}  # as the owner: what each worker has been given
         self.local: set[Name] = set()  # as the owner: what this worker itself has handles of
-        self.pins: Counter[tuple[Name, int]] = Counter()  # passed on, the owner does not know yet
+        # What was passed on, and to whom, of whom the owner does not know yet.
+        self.pins: dict[Name, Counter[int]] = {}
+        self.touched: set[Name] = set()  # as the owner: what may have become nobody's
         self.lost: set[int] = set()
 
     def create(self, name: Name, holder: int) -> None:
         """As the owner: `holder` (perhaps this worker itself) begins to hold `name`."""
         credits = self.credits.setdefault(name, Counter())
+        self.touched.add(name)  # its holder may be dead
         if holder == self.rank:
             self.local.add(name)
         elif holder not in self.lost:
@@ -58,7 +61,7 @@ class Ledger:
         if name.owner == self.rank:
             self.credits.setdefault(name, Counter())[receiver] += 1
         else:
-            self.pins[name, receiver] += 1
+            self.pins.setdefault(name, Counter())[receiver] += 1
 
     def take(self, name: Name, giver: int) -> tuple[int, list[Letter]]:
         """`name` came in a message of `giver`: (credits that the handle now has, messages)."""
@@ -75,6 +78,7 @@ class Ledger:
         """The last handle of `name` in this worker is gone; it had so many credits."""
         if name.owner == self.rank:
             self.local.discard(name)
+            self.touched.add(name)
             return []
         if credits == 0 or name.owner in self.lost:
             return []
@@ -91,21 +95,32 @@ class Ledger:
         if kind == DROP:
             credits = self.credits.get(name, Counter())
             credits[sender] -= number
+            self.touched.add(name)
             return []
         if kind != FREE:
             raise ValueError(f"unknown message {kind!r} about a reference")
-        if self.pins[name, number]:  # else: `number` has died since
-            self.pins[name, number] -= 1
+        self._unpin(name, number, 1)
         return []
+
+    def _unpin(self, name: Name, receiver: int, by: int | None = None) -> None:
+        """Let go of one pin, or all; of none if `receiver` has died since."""
+        pins = self.pins.get(name)
+        if pins is None or receiver not in pins:
+            return
+        pins[receiver] -= pins[receiver] if by is None else by
+        if not pins[receiver]:
+            del pins[receiver]
+        if not pins:
+            del self.pins[name]
 
     def lose(self, worker: int) -> None:
         """`worker` is dead: what it held is handed back, what was on its way to it is let go."""
         self.lost.add(worker)
         for credits in self.credits.values():
             credits.pop(worker, None)
-        for name, receiver in list(self.pins):
-            if receiver == worker:
-                del self.pins[name, receiver]
+        self.touched.update(self.credits)
+        for name in list(self.pins):
+            self._unpin(name, worker)
 
     def holders(self, name: Name) -> list[int]:
         """As the owner: the other workers that hold `name`."""
@@ -113,7 +128,7 @@ class Ledger:
 
     def pinned(self, name: Name) -> bool:
         """Whether this worker has passed on `name` to one of whom the owner does not know yet."""
-        return any(n and pinned == name for (pinned, _), n in self.pins.items())
+        return name in self.pins
 
     def dead(self, name: Name) -> bool:
         """As the owner: whether nobody holds `name` any more."""
@@ -121,7 +136,8 @@ class Ledger:
 
     def sweep(self) -> list[Name]:
         """As the owner: forget, and return, what nobody holds any more."""
-        gone = [name for name in self.credits if self.dead(name)]
+        gone = [name for name in self.touched if name in self.credits and self.dead(name)]
+        self.touched.clear()
         for name in gone:
             del self.credits[name]
         return gone

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 from weakref import WeakValueDictionary
 
+from dtrain.comm.record import call_site
 from dtrain.distributed.rpc.calls import RpcFuture
 from dtrain.distributed.rpc.ledger import Ledger, Letter, Name
 from dtrain.distributed.rpc.pool import Pool
@@ -36,6 +37,7 @@ class References:
         self._handles: WeakValueDictionary[Name, RRef] = WeakValueDictionary()
         self._pinned: dict[Name, RRef] = {}
         self._dropped: deque[tuple[Name, int]] = deque()
+        self._sites: dict[Name, str] = {}  # where those that live here were made
 
     def new_name(self, owner: int) -> Name:
         """A name for a value that `owner` has or will have."""
@@ -49,6 +51,7 @@ class References:
             self._ledger.create(handle.name, self.rank)
             self.values[handle.name] = cell
             self._handles[handle.name] = handle
+            self._sites[handle.name] = call_site()
 
     def expect(self, owner: int) -> RRef:
         """The handle of a value that `owner` is about to make."""
@@ -57,9 +60,10 @@ class References:
             handle.credits = int(owner != self.rank)
         return handle
 
-    def create(self, name: Name, holder: int) -> None:
-        """Make room for a value that this worker is about to make for `holder`."""
+    def create(self, name: Name, holder: int, site: str) -> None:
+        """Make room for a value that this worker is about to make for `holder`, at `site` there."""
         with self._lock:
+            self._sites[name] = site
             self._ledger.create(name, holder)
             self.values[name] = RpcFuture(self._pool)
 
@@ -125,6 +129,7 @@ class References:
                     self._mail(self._ledger.drop(name, credits))
             for name in self._ledger.sweep():
                 freed.append(self.values.pop(name, None))
+                self._sites.pop(name, None)
         if freed:
             self._pool.submit(freed.clear)
 
@@ -136,6 +141,7 @@ class References:
             return {
                 "owned": {shown(n): [names[h] for h in self._ledger.holders(n)] for n in owned},
                 "held": {shown(n): names[n.owner] for n in others},
+                "made_at": {shown(n): self._sites[n] for n in owned},
                 "pinned": len(self._pinned),
             }
 

@@ -69,9 +69,9 @@ class Server:
         self, request: Request, subject: list[Any], held: Any, body: Any, buffers: list[Any]
     ) -> None:
         """Run the function in `body`; `held` keeps the references in it until then."""
-        what, name = subject
+        what, made_as = subject
         self.under_way[request] = what
-        made = None if name is None else Name(*name)
+        made = None if made_as is None else Name(*made_as[0])
         task = partial(self._run, request, made, held, body, buffers, time.monotonic())
         self._begin(task, brief=self.statistics.brief(what))
 

@@ -126,12 +126,13 @@ class Shift:
                 self._attending, self._aside = threading.get_ident(), False
                 self._move(self._is_interrupted, self._next_chores)
                 self._do_chores()
-                if self._aside:
-                    return
-                if self._tasks:
+                aside = self._aside
+                if self._tasks:  # first: whom one steps aside for may wait for just that
                     self._let_go()
                     self._tasks.popleft()()
-                    held = self._baton.acquire(blocking=False)
+                    held = not aside and self._baton.acquire(blocking=False)
+                elif aside:
+                    return
         finally:
             if held:
                 self._let_go()

@@ -104,6 +104,25 @@ def test_who_waits_moves_messages_when_an_attendant_stands_aside():
         done(after)
 
 
+def test_what_an_attendant_took_on_is_done_before_it_stands_aside():
+    """A caller that has the baton ever after may wait for just that."""
+    with line() as a:
+        for _ in range(20):
+            ran, told = threading.Event(), threading.Event()
+
+            def both(ran=ran, told=told):
+                a.shift.take_on(ran.set) or ran.set()
+                a.shift.blocked.add(told)
+                a.shift.served(told)
+                a.shift.blocked.discard(told)
+                told.set()
+
+            a.messages.put(both)
+            done(told)
+            a.shift.lend_a_hand(ran.is_set, time.monotonic() + 10)
+            done(ran)
+
+
 def test_a_line_that_callers_left_is_attended_again():
     with line() as a:
         left = []
