@@ -97,9 +97,10 @@ class Kernel:
     def end(self):
         """The cell's reply and all that it showed."""
         shown = self.output(lambda text: False)
-        reply = self.client.get_shell_msg(timeout=DEADLINE)
-        assert reply["parent_header"]["msg_id"] == self.cell
-        return reply["content"], shown
+        while True:  # some replies belong to questions that were asked while it started
+            reply = self.client.get_shell_msg(timeout=DEADLINE)
+            if reply["parent_header"]["msg_id"] == self.cell:
+                return reply["content"], shown
 
     def run(self, code):
         self.start(code)
