@@ -2,7 +2,8 @@
 
 The same calls as torch's: a small rpc_sync, 2000 pipelined ones, echoes of tensors, remote with
 to_here. With `--torch` the script runs once more under that interpreter, with torch in dtrain's
-place. Prints medians, one line each.
+place. `--over tcp` encrypts; with DTRAIN_DATA_PLANE=plaintext it does not. Prints medians, one line
+each.
 """
 
 import argparse
@@ -32,7 +33,7 @@ def median_us(call, times):
     return statistics.median(taken) * 1e6
 
 
-def worker(library, rank, port):
+def worker(library, rank, port, over):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     for name in ("RANK", "WORLD_SIZE"):
         os.environ.pop(name, None)
@@ -40,7 +41,8 @@ def worker(library, rank, port):
     rpc = importlib.import_module(f"{library}.distributed.rpc")
     torch.set_num_threads(1)
     begun = time.perf_counter()
-    rpc.init_rpc(f"w{rank}", rank=rank, world_size=2)
+    options = rpc.TensorPipeRpcBackendOptions(_transports=[over]) if over else None
+    rpc.init_rpc(f"w{rank}", rank=rank, world_size=2, rpc_backend_options=options)
     if rank == 0:
         print(f"{library}: init_rpc {time.perf_counter() - begun:.3f} s")
         for _ in range(50):
@@ -59,9 +61,9 @@ def worker(library, rank, port):
     rpc.shutdown()
 
 
-def run(library, port):
+def run(library, port, over):
     context = get_context("spawn")
-    ranks = [context.Process(target=worker, args=(library, rank, port)) for rank in range(2)]
+    ranks = [context.Process(target=worker, args=(library, rank, port, over)) for rank in range(2)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
@@ -74,8 +76,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--library", default="dtrain")
     parser.add_argument("--torch", help="an interpreter that has PyTorch")
+    parser.add_argument("--over", choices=["unix", "zmq", "tcp"], help="what carries messages")
     parser.add_argument("--port", type=int, default=29677)
     options = parser.parse_args()
-    run(options.library, options.port)
+    run(options.library, options.port, options.over)
     if options.torch:
         subprocess.run([options.torch, __file__, "--library", "torch"], check=True)
