@@ -31,6 +31,7 @@ from dtrain.distributed.rpc.options import UNSET_RPC_TIMEOUT
 from dtrain.distributed.rpc.payload import Packed, pack, unpack
 from dtrain.distributed.rpc.pool import Pool, waiting
 from dtrain.distributed.rpc.references import References
+from dtrain.distributed.rpc.room import Room
 from dtrain.distributed.rpc.rref import RRef, called
 from dtrain.distributed.rpc.server import Server
 from dtrain.distributed.world import current_world
@@ -45,9 +46,6 @@ _INLINE = 64 * 1024
 
 # How often one asks those who are waited for whether messages are missing, in seconds.
 _CHECK = 1.0
-
-# Calls to one worker without an answer; whoever wants more waits.
-IN_FLIGHT = 4096
 
 _log = logging.getLogger("dtrain.rpc")
 
@@ -77,8 +75,7 @@ class Agent:
         )
         self._calls: dict[int, Call] = {}
         self._ids = itertools.count()
-        self._room: defaultdict[int, threading.Semaphore]
-        self._room = defaultdict(partial(threading.Semaphore, IN_FLIGHT))
+        self._room: defaultdict[int, Room] = defaultdict(Room)
         self._lost: dict[int, PeerLost] = {}
         members.lost = lambda worker: worker in self._lost or worker in line.lost
         self._failed: BaseException | None = None
@@ -130,13 +127,13 @@ class Agent:
         future = RpcFuture(self.pool, None if to == self.rank else self._line.shift)
         begun = time.monotonic()
         deadline = begun + patience if patience > 0 else None
-        if not self._room[to].acquire(blocking=False):
-            with waiting():
-                if not self._room[to].acquire(timeout=patience if patience > 0 else None):
-                    raise self._too_late(to, what, patience)
+        nbytes = len(packed.body) + sum(array.nbytes for array in packed.arrays)
+        with waiting():
+            if not self._room[to].enter(nbytes, patience if patience > 0 else None):
+                raise self._too_late(to, what, patience)
         number = next(self._ids)
         future._give_up = partial(self._end, number, CancelledError(), True)
-        self._calls[number] = Call(future, to, what, begun, deadline, patience)
+        self._calls[number] = Call(future, to, what, nbytes, begun, deadline, patience)
         self.sent += 1
         try:
             self._send(to, [kind, number, subject], packed)
@@ -165,7 +162,7 @@ class Agent:
         call = self._calls.pop(number, None)
         if call is None:
             return
-        self._room[call.worker].release()
+        self._room[call.worker].leave(call.nbytes)
         if tell and call.worker != self.rank and call.worker not in self._lost:
             self._post(call.worker, [CANCEL, number, None, [], b""])
         elif tell and call.worker == self.rank:

@@ -105,6 +105,7 @@ class Call:
     future: RpcFuture
     worker: int
     what: str
+    nbytes: int
     begun: float
     deadline: float | None
     timeout: float

@@ -18,9 +18,14 @@ WORKERS = range(3)
 
 
 class World:
-    """Three ledgers, the channels between them, and the credits of each worker's handle."""
+    """Three ledgers, the channels between them, and the credits of each worker's handle.
 
-    def __init__(self, passes):
+    `mortal`: a worker that may die at any moment; the others learn it one by one, behind what it
+    sent.
+    """
+
+    def __init__(self, passes, mortal=None):
+        self.mortal, self.dead = mortal, False
         self.ledgers = [Ledger(rank) for rank in WORKERS]
         self.channels = {(a, b): [] for a in WORKERS for b in WORKERS if a != b}
         self.handles = {(0, A): 0, (1, B): 0}
@@ -39,9 +44,11 @@ class World:
             for ledger in self.ledgers
         )
         channels = tuple(tuple(map(repr, self.channels[pair])) for pair in sorted(self.channels))
-        return books, channels, tuple(sorted(self.handles.items())), self.passes
+        return books, channels, tuple(sorted(self.handles.items())), self.passes, self.dead
 
     def moves(self):
+        if self.mortal is not None and not self.dead:
+            yield "die", self.mortal, None
         for (worker, name), _ in self.handles.items():
             if not self.ledgers[worker].pinned(name):  # a pin holds the handle
                 yield "drop", worker, name
@@ -59,7 +66,9 @@ class World:
 
     def after(self, move, where, name):
         world = copy.deepcopy(self)
-        if move == "drop":
+        if move == "die":
+            world.die(where)
+        elif move == "drop":
             credits = world.handles.pop((where, name))
             world.post(where, world.ledgers[where].drop(name, credits))
         elif move == "pass":
@@ -69,7 +78,12 @@ class World:
         else:
             kind, name, number = world.channels[where].pop(0)
             receiver = where[1]
-            if kind == "reference":
+            if world.dead and receiver == world.mortal:
+                letters = []
+            elif kind == "died":
+                world.ledgers[receiver].lose(where[0])
+                letters = []
+            elif kind == "reference":
                 credits, letters = world.ledgers[receiver].take(Name(*name), number)
                 held = world.handles.get((receiver, Name(*name)), 0)
                 world.handles[receiver, Name(*name)] = held + credits
@@ -80,6 +94,17 @@ class World:
             world.freed.update(world.ledgers[rank].sweep())
         return world
 
+    def die(self, worker):
+        """It holds nothing, hears nothing, and its death is the last that is heard of it."""
+        self.dead = True
+        self.handles = {(w, n): c for (w, n), c in self.handles.items() if w != worker}
+        self.ledgers[worker] = Ledger(worker)
+        for a, b in self.channels:
+            if b == worker:
+                self.channels[a, b].clear()
+            if a == worker:
+                self.channels[a, b].append(["died", None, None])
+
     def alive(self):
         """The references that somebody holds or will get."""
         under_way = {
@@ -88,9 +113,9 @@ class World:
         return under_way | {name for _, name in self.handles}
 
 
-def explore(passes):
+def explore(passes, mortal=None):
     """Every reachable state, each once."""
-    first = World(passes)
+    first = World(passes, mortal)
     seen, todo = {first.key()}, [first]
     while todo:
         world = todo.pop()
@@ -113,6 +138,19 @@ def test_nothing_is_freed_too_early_and_nothing_leaks():
             assert not any(ledger.credits or ledger.local for ledger in world.ledgers)
             assert not any(ledger.pins for ledger in world.ledgers)
     assert states > 1000
+
+
+def test_nothing_leaks_when_a_worker_dies_at_any_moment():
+    """Worker 2, which owns nothing; what only it had passed on may be gone too early."""
+    ends = 0
+    for world in explore(passes=2, mortal=2):
+        if world.dead and not any(True for _ in world.moves()):
+            ends += 1
+            for ledger in world.ledgers[:2]:
+                assert not ledger.credits
+                assert not ledger.local
+                assert not ledger.pins
+    assert ends > 0
 
 
 def test_the_exploration_catches_a_ledger_that_does_not_pin(monkeypatch):
