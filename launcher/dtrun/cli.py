@@ -160,7 +160,7 @@ def _print_manifest(kind: str, argv: Sequence[str]) -> int:
         return given
 
     try:
-        print(manifests.main(kind, argv, flags), end="")
+        print(manifests.main(kind, argv, parser, flags), end="")
     except ValueError as error:
         parser.error(str(error))
     return 0

@@ -12,7 +12,7 @@ import argparse
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from dtrun import meeting, options
@@ -26,12 +26,23 @@ DEFAULT_PORT = options.DEFAULT_PORT
 Parse = Callable[[Sequence[str]], argparse.Namespace]
 
 
-def main(kind: str, argv: Sequence[str], parse: Parse) -> str:
+def main(kind: str, argv: Sequence[str], dtrun: argparse.ArgumentParser, parse: Parse) -> str:
     """The manifest of `kind` ("k8s" or "slurm"); ValueError says what is wrong with `argv`.
 
-    `parse` is dtrun's own parser: it ends the program for flags that dtrun does not have.
+    `parse` reads the flags of `dtrun`, and ends the program for what it does not have.
     """
-    parser = argparse.ArgumentParser(prog=f"dtrun {kind}", allow_abbrev=False, add_help=True)
+    parser = _parser(kind)
+    mine, flags = split(argv, takes_value(parser), takes_value(dtrun))
+    job = parser.parse_args(mine)
+    given = parse(flags)
+    _check(job, given)
+    describe = kubernetes if kind == "k8s" else slurm
+    return describe(job, given, flags)
+
+
+def _parser(kind: str) -> argparse.ArgumentParser:
+    """The manifest's own options."""
+    parser = argparse.ArgumentParser(prog=f"dtrun {kind}", allow_abbrev=False)
     parser.usage = f"dtrun {kind} [options] [dtrun's flags] script [arguments] > file"
     parser.add_argument("--name", default="dtrain", help="of the job")
     parser.add_argument("--cpus", type=int, default=4, help="processors of each node (default 4)")
@@ -43,32 +54,31 @@ def main(kind: str, argv: Sequence[str], parse: Parse) -> str:
     else:
         parser.add_argument("--time", default="01:00:00", help="limit (default 01:00:00)")
         parser.add_argument("--partition", help="where to run")
-    mine, flags = _own(parser, argv)
-    given = parse(flags)
-    _check(mine, given)
-    return kubernetes(mine, given, flags) if kind == "k8s" else slurm(mine, given, flags)
+    return parser
 
 
-def _own(
-    parser: argparse.ArgumentParser, argv: Sequence[str]
-) -> tuple[argparse.Namespace, list[str]]:
-    """The options of the manifest, wherever they stand before the script, and all the rest."""
-    takes_value = {name: action.nargs != 0 for action in parser._actions
-                   for name in action.option_strings}  # fmt: skip
+def takes_value(parser: argparse.ArgumentParser) -> dict[str, bool]:
+    """{option: whether a value follows it}."""
+    options = [(name, one) for one in parser._actions for name in one.option_strings]
+    return {name: action.nargs != 0 for name, action in options}
+
+
+def split(
+    argv: Sequence[str], mine: Mapping[str, bool], theirs: Mapping[str, bool]
+) -> tuple[list[str], list[str]]:
+    """The manifest's own options, wherever they stand before the script; and all the rest."""
     own: list[str] = []
     rest = list(argv)
     at = 0
     while at < len(rest) and rest[at].startswith("-"):
         name, joined, _ = rest[at].partition("=")
-        if name in takes_value:
-            width = 2 if takes_value[name] and not joined else 1
+        width = 2 if not joined and (mine.get(name) or theirs.get(name)) else 1
+        if name in mine:
             own += rest[at : at + width]
             del rest[at : at + width]
-        else:  # a flag of dtrun; a value of its own, if it has one, does not begin with a dash
-            at += 1
-            if at + 1 < len(rest) and not joined and not rest[at].startswith("-"):
-                at += name not in ("--standalone", "-m", "--module", "--no-python", "--no_python")
-    return parser.parse_args(own), rest
+        else:
+            at += width
+    return own, rest
 
 
 def _check(mine: argparse.Namespace, given: argparse.Namespace) -> None:

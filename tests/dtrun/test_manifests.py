@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrun import placement, secret
+from dtrun import manifests, placement, secret
 from dtrun.cli import main, parse
 from tests.tree import ROOT
 
@@ -154,6 +154,22 @@ def test_options_of_the_manifest_stand_anywhere_before_the_script(capsys):
     text = printed(capsys, "slurm", "--nnodes", "2", "-m", "--time=9", "pkg", "--time", "8")
     assert "#SBATCH --time=9\n" in text
     assert text.endswith("--nnodes 2 -m pkg --time 8\n")
+
+
+@pytest.mark.parametrize(
+    ("argv", "own", "rest"),
+    [
+        (["--a", "1", "x", "--a", "2"], ["--a", "1"], ["x", "--a", "2"]),
+        (["--t", "1", "--a=1", "x"], ["--a=1"], ["--t", "1", "x"]),
+        (["-s", "--b", "x", "--b"], ["--b"], ["-s", "x", "--b"]),
+        (["-s", "--t=-1", "--t", "--a", "--a", "3"], ["--a", "3"], ["-s", "--t=-1", "--t", "--a"]),
+        (["--unknown", "--a"], ["--a"], ["--unknown"]),
+        ([], [], []),
+    ],
+)
+def test_own_options_are_told_from_dtruns(argv, own, rest):
+    mine, theirs = {"--a": True, "--b": False}, {"--t": True, "-s": False}
+    assert manifests.split(argv, mine, theirs) == (own, rest)
 
 
 def test_sbatch_knows_the_directives(capsys):
