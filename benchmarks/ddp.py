@@ -2,12 +2,13 @@
 
     python benchmarks/ddp.py                        # 2 ranks, one thread each, transport shm
     python benchmarks/ddp.py --torch-python PATH    # PyTorch with gloo, in the same minutes
-    python benchmarks/ddp.py --link --models gpt    # over 1 Gbit/s between two network namespaces
+    python benchmarks/ddp.py --link --models gpt paced   # over 1 Gbit/s between two namespaces
 
 Each rank has the same model twice, plain and wrapped, and trains them in turn, a block of steps
 each; both ranks begin a block together, so that the plain steps too share the machine. "adds" is
 the wrapped step less the plain one: medians over all blocks, in ms. Peak memory is that of another
-run, which has the wrapped model alone.
+run, which has the wrapped model alone. "paced" sleeps where gpt computes. "hidden" is the part of
+the time in collectives that lies under backward in a trace of one more block.
 """
 
 from __future__ import annotations
@@ -46,6 +47,20 @@ def block(model, x, y, optimizer, times):
     return loss.item()
 
 
+def hidden(run):
+    """The share of the time in collectives that lies under `backward` in the trace of a block."""
+    with importlib.import_module("dtrain.profiler").profile() as prof:
+        block(*run, [])
+    calls = [event for event in prof.events() if event.category == "collective"]
+    passes = [event for event in prof.events() if event.name == "backward"]
+    under = sum(
+        max(0.0, min(call.ended, one.ended) - max(call.begun, one.begun))
+        for call in calls
+        for one in passes
+    )
+    return under / sum(call.ended - call.begun for call in calls)
+
+
 def rank_main(args):
     """What the child runs: rank 0 prints one line of JSON."""
     torch = importlib.import_module(args.library)
@@ -63,6 +78,8 @@ def rank_main(args):
             dist.barrier()
             found[f"{kind} loss"] = block(*run, times[kind] if number else [])
     found |= {kind: statistics.median(all_of_them) * 1e3 for kind, all_of_them in times.items()}
+    if args.library == "dtrain":
+        found["hidden"] = hidden(runs["ddp"])
     found["gradients"] = sum(p.numel() * 4 for p in runs["ddp"][0].parameters())
     found["MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if dist.get_rank() == 0:
@@ -104,7 +121,7 @@ def print_link(model, args):
             wire = found["gradients"] / BYTES_PER_SECOND * 1e3
             limit = max(found["plain"], wire)
             print(f"{model:<6}{plane:<11}{found['plain']:>9.1f}{wire:>9.1f}{found['ddp']:>10.1f}"
-                  f"{found['ddp'] / limit:>9.2f}", flush=True)  # fmt: skip
+                  f"{found['ddp'] / limit:>9.2f}{found['hidden']:>8.0%}", flush=True)  # fmt: skip
 
 
 def print_model(model, rows):
@@ -121,7 +138,7 @@ def print_model(model, rows):
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = ["mlp", "cnn", "gpt"]
-    parser.add_argument("--models", nargs="+", choices=names, default=names)
+    parser.add_argument("--models", nargs="+", choices=[*names, "paced"], default=names)
     parser.add_argument("--nproc", type=int, default=2)
     parser.add_argument("--transport", default="shm", help="dtrain's transport (default shm)")
     parser.add_argument("--blocks", type=int, default=8, help=f"blocks of {BLOCK} steps each")
@@ -141,7 +158,7 @@ def main():
         return
     if args.link:
         print("# ms per step, 2 ranks of 1 thread, 1 Gbit/s between them\n"
-              "# model data         plain     wire   wrapped  /longer")  # fmt: skip
+              "# model data         plain     wire   wrapped  /longer  hidden")  # fmt: skip
         for model in args.models:
             print_link(model, args)
         return

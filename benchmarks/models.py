@@ -1,4 +1,4 @@
-"""The three models whose training step is timed, written once for both libraries.
+"""The models whose training step is timed, written once for both libraries.
 
 `build(torch, name)` takes the library as an argument: with the same seed the parameters, the batch
 and the losses are the same in both.
@@ -6,13 +6,17 @@ and the losses are the same in both.
 
 from __future__ import annotations
 
+import time
+
 
 def build(torch, name):
-    """(model returning the loss, inputs, targets) of "mlp", "cnn" or "gpt"."""
+    """(model returning the loss, inputs, targets) of "mlp", "cnn", "gpt" or "paced"."""
     torch.manual_seed(0)
-    model = {"mlp": mlp, "cnn": cnn, "gpt": gpt}[name](torch)
+    model = {"mlp": mlp, "cnn": cnn, "gpt": gpt, "paced": paced}[name](torch)
     if name == "gpt":
         return model, torch.randint(0, 256, (8, 128)), torch.randint(0, 256, (8, 128))
+    if name == "paced":
+        return model, torch.ones(4, requires_grad=True), None
     if name == "cnn":
         return model, torch.randn(32, 3, 32, 32), torch.randint(0, 10, (32,))
     return model, torch.randn(64, 784), torch.randint(0, 10, (64,))
@@ -90,3 +94,37 @@ def gpt(torch, vocabulary=256, context=128, width=384, depth=6, heads=6):
             return F.cross_entropy(scores, targets.view(-1))
 
     return GPT()
+
+
+def paced(torch, width=384, depth=6, forward=0.011, backward=0.019):
+    """The gradients of gpt's blocks at the pace at which gpt has them, by a core that sleeps.
+
+    `forward`, `backward`: seconds for each weight. Shows what is hidden when computing leaves
+    cores free for communication, as it does on another device.
+    """
+    nn = torch.nn
+
+    class Layer(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
+            ctx.weight = weight
+            time.sleep(forward)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            time.sleep(backward)
+            return grad, torch.ones_like(ctx.weight)
+
+    class Paced(nn.Module):
+        def __init__(self):
+            super().__init__()
+            sizes = [width * width * times for times in (3, 1, 4, 4)] * depth
+            self.weights = nn.ParameterList([nn.Parameter(torch.zeros(size)) for size in sizes])
+
+        def forward(self, x, targets):
+            for weight in self.weights:
+                x = Layer.apply(x, weight)
+            return x.sum()
+
+    return Paced()

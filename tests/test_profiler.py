@@ -333,6 +333,51 @@ def test_passes_without_reduction_are_shown():
     assert run_distributed(2, check_no_sync) == [expected.split(",")] * 2
 
 
+class HeldUp(torch.autograd.Function):
+    """The identity; in backward it goes on when the last bucket that is full has been reduced."""
+
+    reducer = threading.local()
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        HeldUp.reducer.of._flights[-1].work.wait(20.0)
+        return grad
+
+
+def check_overlap():
+    """Spans, as (begin, end): the all-reduces of two buckets, backward, the wait after it."""
+    first, second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList([first, second])
+
+        def forward(self, x):
+            return second(HeldUp.apply(first(x)))
+
+    model = DDP(Model(), bucket_cap_mb=1e-5)
+    HeldUp.reducer.of = model.reducer
+    model(torch.ones(1, 4)).sum().backward()  # the buckets are made anew before the next
+    with profile() as prof:
+        model(torch.ones(1, 4)).sum().backward()
+    spans = [(e.name.partition(" ")[0], e.begun, e.ended) for e in prof.events()]
+    return [[span[1:] for span in spans if span[0] == name]
+            for name in ("all_reduce", "backward", "wait")]  # fmt: skip
+
+
+@pytest.mark.parametrize("transport", ["local", "tcp"])
+def test_what_is_reduced_beside_backward_lies_under_it(transport):
+    for reduced, (backward,), (wait,) in run_distributed(2, check_overlap, transport=transport):
+        assert len(reduced) > 2
+        assert backward[0] < reduced[0][0] < reduced[0][1] < backward[1]
+        assert backward[1] <= reduced[-1][1] <= wait[1]
+
+
 def test_averages_have_self_times_without_inner_spans():
     tape = Tape(0, 1)
     for step in range(2):

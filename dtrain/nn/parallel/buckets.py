@@ -25,6 +25,10 @@ DEFAULT_CAP = 25 * MIB
 DEFAULT_CAPS = (FIRST_CAP, DEFAULT_CAP)
 WHOLE = (sys.maxsize,)  # all in one, for each dtype
 
+# The last bucket has nothing to hide behind. Over a network it is a small part of the whole, but
+# not below 2 MiB, 1.7 ms of 10 Gbit/s: a call takes 0.2 ms and more there whatever its size.
+SHARES, LEAST_CAP = 16, 2 * MIB
+
 # What one rank has in a bucket's tail for the fingerprint of its parameters.
 WORDS = 3
 
@@ -50,6 +54,15 @@ def assign(parameters: Sequence[Any], caps: Sequence[int], order: Sequence[int])
         if sizes[number] >= caps[min(number, len(caps) - 1)]:
             del numbers[data.dtype]
     return buckets
+
+
+def caps_for_messages(total: int) -> tuple[int, int]:
+    """Sizes for `total` bytes of gradients that travel in messages.
+
+    The last of 16 buckets is exposed for a sixteenth of the time that all of them take. GPT's 42
+    MiB over 1 Gbit/s: 31 ms after backward, with `DEFAULT_CAPS` 220.
+    """
+    return FIRST_CAP, min(DEFAULT_CAP, max(LEAST_CAP, total // SHARES))
 
 
 class Bucket:

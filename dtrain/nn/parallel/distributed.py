@@ -72,8 +72,9 @@ class DistributedDataParallel(Module, JoiningModel, ReportingModel):
     that came after wrapping, are errors that name the parameter and the rank.
 
     process_group   the ranks that share the model, default all; or `device_mesh`, a 1-D mesh.
-    bucket_cap_mb   size of a bucket in MiB; None: 25, and 1 for the first, or all in one where
-                    reducing beside backward would only take its core (see `reducer`); "auto" (not
+    bucket_cap_mb   size of a bucket in MiB; None: 25, over a network a sixteenth of all if that is
+                    less (at least 2), and 1 for the first; or all in one where reducing beside
+                    backward would only take its core (see `reducer`); "auto" (not
                     in torch): sizes are tried in the first passes and the fastest is kept (see
                     `tuning`), but not with a communication hook, which may depend on them.
     bucket_cap_mb_list  sizes of the buckets in turn, the last one for all that follow.

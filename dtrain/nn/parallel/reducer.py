@@ -6,7 +6,8 @@ Rules:
    it while backward goes on. Where that would only take the core from backward
    (`ProcessGroup.runs_aside`), the caller reduces all at the end: measured on 2 cores, an MLP's
    step with a thread beside it waits milliseconds for the scheduler, for sums of half a one. One
-   bucket is enough then, unless sizes were asked for: a call more takes 0.1 ms there.
+   bucket is enough then, unless sizes were asked for: a call more takes 0.1 ms there. Over a
+   network there are up to 16 and more, so that little is left when backward ends.
 3. At the end of the pass the rest is submitted, parameters without a gradient counting as absent,
    and all works are waited for in order. Nobody needs to say beforehand what is unused.
 4. After the first pass that reduces, buckets are made anew in the order in which rank 0 saw
@@ -29,7 +30,7 @@ from dtrain.comm.reduce import ReduceOp
 from dtrain.comm.work import Future, Work
 from dtrain.distributed.world import ProcessGroup
 from dtrain.errors import DistError
-from dtrain.nn.parallel.buckets import DEFAULT_CAPS, WHOLE, Bucket, assign
+from dtrain.nn.parallel.buckets import DEFAULT_CAPS, WHOLE, Bucket, assign, caps_for_messages
 from dtrain.nn.parallel.divergence import Sentinel
 from dtrain.nn.parallel.meter import Meter
 from dtrain.nn.parallel.tuning import Tuner
@@ -58,8 +59,8 @@ class Reducer:
 
     `named`: (name, parameter) of all that take part. `sync` says whether the next backward pass
     reduces (see DDP.no_sync). `divide_by`: by what the sum over ranks is divided; None is the
-    number of ranks. `caps`: sizes of buckets, as `assign` takes them; None: `DEFAULT_CAPS`, or
-    `WHOLE` while nothing runs beside backward. `loss_weight`: how much the rank's loss of the
+    number of ranks. `caps`: sizes of buckets, as `assign` takes them; None: those that suit the
+    transport (`_usual_caps`). `loss_weight`: how much the rank's loss of the
     passes to come stands for; if not None, sums are divided by the weights' sum over ranks and
     passes instead, which costs one all-reduce of 8 bytes. `delayed`: ids of parameters to be
     reduced behind all others. `tunes`: whether `caps` are only the first sizes that are tried.
@@ -90,7 +91,7 @@ class Reducer:
         self._sentinel = sentinel
         self._aside = group.arrays.runs_aside
         self._chooses = caps is None
-        self.caps: Sequence[int] = caps or (DEFAULT_CAPS if self._aside else WHOLE)
+        self.caps: Sequence[int] = caps or self._usual_caps()
         self._running = False
         self._counted = False  # whether this pass's weight has been added
         self._alone = False  # in a pass that does not reduce
@@ -107,6 +108,14 @@ class Reducer:
         weakref.finalize(self, _let_go, hooks, self.parameters, self.place).atexit = False
 
     # ---- buckets
+
+    def _usual_caps(self) -> Sequence[int]:
+        """Sizes when nobody has asked for any; they change no bits."""
+        if not self._aside:
+            return WHOLE
+        if self.shares_memory:
+            return DEFAULT_CAPS
+        return caps_for_messages(sum(p._data.nbytes for p in self.parameters))
 
     def _assigned(self, order: Iterable[int], caps: Sequence[int]) -> list[list[int]]:
         """Which parameters each bucket has when they are taken in this order."""
@@ -167,7 +176,8 @@ class Reducer:
             )
         self._hook = hook, state
         self._tunes, self.tuner = False, None
-        if self._chooses and not self._aside:  # from now on something does run beside backward
+        # From now on something does run beside backward, and may give what depends on the buckets.
+        if self._chooses and self.caps != DEFAULT_CAPS:
             self.caps = DEFAULT_CAPS
             self._make_first()
 

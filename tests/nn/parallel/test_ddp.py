@@ -9,7 +9,14 @@ import dtrain as torch
 import dtrain.distributed as dist
 from dtrain.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from dtrain.nn.parallel import DistributedDataParallel as DDP
-from dtrain.nn.parallel.buckets import DEFAULT_CAPS, FIRST_CAP, MIB, assign
+from dtrain.nn.parallel.buckets import (
+    DEFAULT_CAPS,
+    FIRST_CAP,
+    LEAST_CAP,
+    MIB,
+    assign,
+    caps_for_messages,
+)
 from dtrain.testing.distributed import run_distributed
 from tests.nn.parallel.training import descend
 
@@ -397,6 +404,28 @@ def test_a_parameter_larger_than_the_cap_is_not_split():
 def test_dtypes_do_not_share_a_bucket():
     mixed = parameters_of(4) + parameters_of(4, dtype=torch.float64) + parameters_of(4)
     assert taken(mixed, *DEFAULT_CAPS) == [[2, 0], [1]]
+
+
+def test_buckets_of_messages_are_a_sixteenth_of_the_gradients():
+    for total, cap in ((0, LEAST_CAP), (40 * MIB, 2.5 * MIB), (4000 * MIB, 25 * MIB)):
+        assert caps_for_messages(total) == (FIRST_CAP, cap)
+
+
+def check_default_sizes():
+    """Twelve layers of 1 MiB: the first bucket has one, the others two; 25 MiB hold them all."""
+    layers = nn.Sequential(*[nn.Linear(512, 512, bias=False) for _ in range(12)])
+    model = DDP(layers)
+    sizes = [len(bucket.members) for bucket in model.reducer.buckets]
+    assert sizes == [1, 2, 2, 2, 2, 2, 1], sizes
+    assert model.logging_data()["bucket_cap_bytes"] == LEAST_CAP
+    model.register_comm_hook(None, allreduce_hook)  # others may depend on buckets
+    assert [len(bucket.members) for bucket in model.reducer.buckets] == [1, 11]
+    asked = DDP(layers, bucket_cap_mb=4)
+    assert [len(bucket.members) for bucket in asked.reducer.buckets] == [4, 4, 4]
+
+
+def test_default_sizes_where_gradients_travel_in_messages():
+    run_distributed(2, check_default_sizes)
 
 
 def check_mixed_dtypes():
