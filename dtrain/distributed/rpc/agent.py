@@ -78,7 +78,7 @@ class Agent:
         self._room: defaultdict[int, Room] = defaultdict(Room)
         self._lost: dict[int, PeerLost] = {}
         members.lost = lambda worker: worker in self._lost or worker in line.lost
-        self._failed: BaseException | None = None
+        self.failed: BaseException | None = None
         self.sent = 0
         self.drains: dict[tuple[int, int], list[int]] = {}  # {(round, worker): [sent, served]}
         self.moved = threading.Condition()
@@ -139,8 +139,8 @@ class Agent:
             self._send(to, [kind, number, subject], packed)
         except BaseException as error:
             self._end(number, self._in_our_words(to, what, error))
-        if to in self._lost or self._failed is not None:
-            self._end(number, self._failed or self._loss(to, what))
+        if to in self._lost or self.failed is not None:
+            self._end(number, self.failed or self._loss(to, what))
         return future
 
     def _send(self, to: int, head: list[Any], packed: Packed) -> None:
@@ -305,7 +305,7 @@ class Agent:
             self.moved.notify_all()
 
     def _fail(self, error: BaseException) -> None:
-        self._failed = error
+        self.failed = error
         for number in self._calls.copy():
             self._end(number, error)
 

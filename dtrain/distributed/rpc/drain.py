@@ -59,6 +59,8 @@ def _owed(agent: Agent) -> str:
 def _wait(agent: Agent, done: Callable[[], bool], deadline: float, why: Callable[[], str]) -> None:
     with agent.moved:
         while not done():
+            if agent.failed is not None:
+                raise agent.failed
             left = deadline - time.monotonic()
             if left <= 0:
                 raise DistError(

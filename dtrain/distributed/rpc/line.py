@@ -170,7 +170,10 @@ class Line:
             self._transport.flush(time.monotonic())  # let go of what has been written
 
     def _fail(self, error: BaseException) -> None:
+        """A mistake of ours: nothing more is heard here, and the others are not to wait for it."""
         _log.error("the I/O thread of rpc failed", exc_info=error)
+        self.shift.stop()
+        self._transport.abandon()
         self.on_failure(DistNetworkError(f"the I/O thread of rpc failed: {error!r}"))
 
     def close(self) -> None:

@@ -15,7 +15,8 @@ from dtrain.comm.transports import base
 from dtrain.comm.transports.local import LocalTransport
 from dtrain.distributed import rpc
 from dtrain.distributed.rpc import agent as agents
-from dtrain.errors import PeerLost
+from dtrain.distributed.rpc.server import Server
+from dtrain.errors import DistNetworkError, PeerLost
 from dtrain.testing.distributed import run_distributed
 from dtrain.wire import loads
 from tests.distributed.rpc.worlds import add, echo
@@ -83,6 +84,33 @@ def ranks():
     begun = time.monotonic()
     rpc.shutdown(timeout=15)
     return outcomes, time.monotonic() - begun
+
+
+def test_a_worker_whose_line_fails_is_lost_to_the_others(monkeypatch, caplog):
+    fetch = Server.fetch
+
+    def mistaken(self, request, name):
+        if self._here == "w1":
+            raise KeyError("a mistake of ours")
+        fetch(self, request, name)
+
+    monkeypatch.setattr(Server, "fetch", mistaken)
+
+    def ranks():
+        rank = torch.distributed.get_rank()
+        rpc.init_rpc(f"w{rank}")
+        if rank == 0:
+            with pytest.raises(PeerLost):
+                rpc.remote("w1", echo, (1,)).to_here()
+            assert rpc.rpc_sync("w2", echo, (1,)) == 1
+        if rank == 1:
+            with pytest.raises(DistNetworkError, match="I/O thread of rpc failed: KeyError"):
+                rpc.shutdown()
+        else:
+            rpc.shutdown()
+
+    run_distributed(3, ranks)
+    assert "KeyError: 'a mistake of ours'" in caplog.text
 
 
 @pytest.fixture
