@@ -20,9 +20,9 @@ from dtrain.distributed.autograd.edges import Key, receive_node, send_node
 from dtrain.distributed.autograd.passes import Left, Run, Tell, run_backward
 from dtrain.distributed.rpc import current
 from dtrain.distributed.rpc.failures import RpcTimeout
-from dtrain.distributed.rpc.functions import async_execution, is_async
+from dtrain.distributed.rpc.functions import Pending, async_execution, outcome
 from dtrain.distributed.rpc.options import UNSET_RPC_TIMEOUT
-from dtrain.distributed.rpc.rref import RRef, relays
+from dtrain.distributed.rpc.rref import RELAY, RRef
 
 
 class Recorder:
@@ -120,15 +120,12 @@ def _run_in(number: int, key: list[int], places: Any, func: Any, args: Any, kwar
         node = receive_node([args, kwargs], places, Key(*key), key[0], name)
         context.note_receive(node)
     with recording(context):
-        return context, func(*args, **kwargs)
+        return context, outcome(func, func(*args, **kwargs))
 
 
-def _future_of(func: Any, result: Any) -> Future[Any]:
-    if is_async(func):
-        if not isinstance(result, Future):
-            raise TypeError(f"{func.__qualname__} is an async_execution function: it must return a "
-                            f"Future, got {type(result).__name__}")  # fmt: skip
-        return result
+def _future_of(result: Any) -> Future[Any]:
+    if isinstance(result, Pending):
+        return result.future
     future: Future[Any] = Future()
     future.set_result(result)
     return future
@@ -147,16 +144,17 @@ def serve(number: int, key: list[int], places: Any, func: Any, args: Any, kwargs
         context.note_send(Key(*key).answer(), node)
         return [tracked, value]
 
-    return _future_of(func, result).then(answer)
+    return _future_of(result).then(answer)
 
 
 @async_execution
 def keep(number: int, key: list[int], places: Any, func: Any, args: Any, kwargs: Any) -> Any:
     """As `serve`, but the result stays here, under the name of the reference."""
-    return _future_of(func, _run_in(number, key, places, func, args, kwargs)[1])
+    return _future_of(_run_in(number, key, places, func, args, kwargs)[1])
 
 
-relays.update({serve: 3, keep: 3})
+for _function in (serve, keep):
+    setattr(_function, RELAY, 3)
 
 
 def value_of(handle: RRef) -> Any:
@@ -195,7 +193,7 @@ def propagate(number: int, run: list[int], retain: bool, key: Any, grads: Any) -
             context.runs[which] = Run(context, which, retain, teller(number, which, retain))
         found = context.runs[which]
     if found is None:  # all is done here: whatever this message is, it was not waited for
-        return _future_of(None, {})
+        return _future_of({})
     return found.arrive(None if key is None else Key(*key), grads)
 
 

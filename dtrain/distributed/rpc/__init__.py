@@ -1,8 +1,9 @@
 """Calls of functions on other workers, and references to values that live there.
 
-api.py joins, calls and leaves; agent.py is one worker; ledger.py counts references; names.py says
-what may be called. Names and semantics are those of torch.distributed.rpc; `export`, `statistics`,
-`get_debug_info`, `RpcTimeout` and `accept_code` are ours.
+api.py joins, calls and leaves; streams.py iterates over what is yielded elsewhere; agent.py is one
+worker; ledger.py counts references; names.py says what may be called. Names and semantics are those
+of torch.distributed.rpc; `export`, `stream`, `statistics`, `get_debug_info`, `RpcTimeout` and
+`accept_code` are ours.
 """
 
 from dtrain.distributed.rpc import functions as functions
@@ -33,6 +34,10 @@ from dtrain.distributed.rpc.options import (
 )
 from dtrain.distributed.rpc.rref import (
     RRef as RRef,
+)
+from dtrain.distributed.rpc.streams import (
+    Stream as Stream,
+    stream as stream,
 )
 from dtrain.errors import (
     PeerLost as PeerLost,

@@ -6,7 +6,9 @@ decorated function still runs in a thread of the pool; only what completes its f
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
+
+from dtrain.comm.work import Future
 
 F = TypeVar("F")
 
@@ -26,3 +28,25 @@ def async_execution(fn: F) -> F:
 def is_async(function: Any) -> bool:
     """Whether `function` is decorated with `async_execution`."""
     return bool(getattr(function, _MARK, False))
+
+
+class Pending(NamedTuple):
+    """What a function decorated with `async_execution` has returned: the answer comes later."""
+
+    future: Future[Any]
+
+
+def outcome(function: Any, result: Any) -> Any:
+    """`result`, which `function` has returned: `Pending` if it is decorated.
+
+    TypeError when a decorated function returned something else than a Future.
+    """
+    if not is_async(function):
+        return result
+    if not isinstance(result, Future):
+        name = getattr(function, "__qualname__", function)
+        raise TypeError(
+            f"{name} is an async_execution function: it must return a Future, got "
+            f"{type(result).__name__}"
+        )
+    return Pending(result)

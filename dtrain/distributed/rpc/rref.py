@@ -13,11 +13,15 @@ from __future__ import annotations
 from typing import Any
 
 from dtrain.distributed.rpc import current
+from dtrain.distributed.rpc.functions import outcome
 from dtrain.distributed.rpc.ledger import Name
 from dtrain.distributed.rpc.names import export, resolve
 from dtrain.distributed.rpc.options import UNSET_RPC_TIMEOUT, WorkerInfo
 
 __all__ = ["RRef", "called"]
+
+# On a function that calls another: which of its arguments the other is; its arguments come next.
+RELAY = "_relayed_rpc_argument"
 
 
 class RRef:
@@ -150,17 +154,14 @@ def invoke(reference: RRef, method: str, args: tuple[Any, ...], kwargs: dict[str
     """What a proxy calls on the owner. Methods with two leading underscores are not for others."""
     if method.startswith("__") and method != "__call__":
         raise TypeError(f"{method} may not be called by other workers")
-    return getattr(reference.local_value(), method)(*args, **kwargs)
-
-
-# {function that calls another: which of its arguments the other is; its arguments come next}.
-relays: dict[Any, int] = {}
+    function = getattr(reference.local_value(), method)
+    return outcome(function, function(*args, **kwargs))
 
 
 def called(function: Any, args: Any) -> str:
     """What a call is named in errors and statistics: its function, or the method of a proxy."""
-    place = relays.get(function)
-    if place is not None:
+    place = getattr(function, RELAY, None)
+    if isinstance(place, int):
         return called(args[place], args[place + 1])
     if function is invoke:
         return f"{args[1]} of a reference"

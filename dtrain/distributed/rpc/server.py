@@ -18,7 +18,7 @@ from typing import Any
 from dtrain.comm.work import Future
 from dtrain.distributed.rpc import failures
 from dtrain.distributed.rpc.calls import Statistics
-from dtrain.distributed.rpc.functions import is_async
+from dtrain.distributed.rpc.functions import Pending, outcome
 from dtrain.distributed.rpc.ledger import Name
 from dtrain.distributed.rpc.members import Members
 from dtrain.distributed.rpc.payload import Packed
@@ -112,12 +112,11 @@ class Server:
             what = called(func, args)
             begun = time.monotonic()
             try:
-                result = func(*args, **kwargs)
+                result = outcome(func, func(*args, **kwargs))
             finally:
                 ended = time.monotonic()
-            if is_async(func):
-                _need_future(what, result)
-                result.add_done_callback(partial(self._answer_with, request, name))
+            if isinstance(result, Pending):
+                result.future.add_done_callback(partial(self._answer_with, request, name))
             else:
                 self._answer(request, name, result)
         except BaseException as error:
@@ -161,11 +160,3 @@ class Server:
         except BaseException as error:  # the result cannot travel, the error can
             told = failures.tell(error, self._here)
             self._reply(sender, number, False, self._pack(sender, told))
-
-
-def _need_future(what: str, result: Any) -> None:
-    if not isinstance(result, Future):
-        raise TypeError(
-            f"{what} is an async_execution function: it must return a Future, got "
-            f"{type(result).__name__}"
-        )
