@@ -8,7 +8,7 @@ import pytest
 
 import dtrain as torch
 from dtrain.distributed import rpc
-from tests.distributed.rpc.test_calls import add, world
+from tests.distributed.rpc.worlds import add, world
 
 
 @rpc.functions.async_execution

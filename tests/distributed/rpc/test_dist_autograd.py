@@ -1,6 +1,6 @@
 """Backward passes through several workers: the gradients are those of one process.
 
-Workers are threads over `local`, or processes over sockets where it says so.
+Workers are threads over `local`, or over sockets where it says so.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import dtrain as torch
 from dtrain.distributed import autograd as dist_autograd, rpc
 from dtrain.distributed.autograd.contexts import contexts
 from dtrain.distributed.autograd.edges import Key, send_node
-from dtrain.testing.distributed import run_distributed
-from tests.distributed.rpc.worlds import served, until, world
+from tests.distributed.rpc.worlds import until, world
 
 
 def values(*shape, seed=0):
@@ -92,8 +91,8 @@ def same(context, handles, weights):
         np.testing.assert_allclose(found.numpy(), weight.grad.numpy(), rtol=1e-12)
 
 
-@pytest.mark.parametrize("threads", [1, 4])
-def test_a_chain_of_calls_that_comes_back_to_the_same_workers(threads):
+@pytest.mark.parametrize(("threads", "over"), [(1, None), (4, None), (4, "zmq"), (2, "unix")])
+def test_a_chain_of_calls_that_comes_back_to_the_same_workers(threads, over):
     def main():
         handles, weights = layers_of(["w1", "w2", "w0", "w1", "w2"])
         x = values(2, 3, seed=9)
@@ -103,25 +102,7 @@ def test_a_chain_of_calls_that_comes_back_to_the_same_workers(threads):
             dist_autograd.backward(context, [y.sum()])
             same(context, handles, weights)
 
-    world(3, main, threads=threads)
-
-
-def over_sockets():
-    handles, weights = layers_of(["w1", "w0", "w1"])
-    x = values(2, 3, seed=9)
-    serial_through(x, weights).sum().backward()
-    with dist_autograd.context() as context:
-        y = handles[0].rpc_sync().through(x, handles[1:])
-        dist_autograd.backward(context, [y.sum()])
-        same(context, handles, weights)
-
-
-def over_sockets_served():
-    return served(over_sockets, "zmq", 4, {})
-
-
-def test_processes_over_sockets():
-    run_distributed(2, over_sockets_served, transport="zmq", processes=True, timeout=50)
+    world(3, main, threads=threads, over=over)
 
 
 def test_many_calls_at_once_add_up_in_the_same_order_every_time():

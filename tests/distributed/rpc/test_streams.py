@@ -12,7 +12,7 @@ import dtrain as torch
 from dtrain.distributed import rpc
 from dtrain.errors import PeerLost
 from dtrain.testing.world import run_ranks
-from tests.distributed.rpc.test_calls import served, until, world
+from tests.distributed.rpc.worlds import served, until, world
 
 made: list[int] = []
 closed = threading.Event()
@@ -143,7 +143,7 @@ def killed(group):
     from dtrain.testing.distributed import joined
 
     with joined(group):
-        served(stream_of_the_dead, 2, 4, {})
+        served(stream_of_the_dead, None, 4, {})
 
 
 def test_a_worker_that_dies_ends_its_streams_at_once():
