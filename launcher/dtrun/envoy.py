@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 HEAD = "head"
 FAREWELL_SECONDS = 2.0  # of the head, after the end, for nodes that have not said good-bye
+ASK_AGAIN_SECONDS = 0.5  # for a name that is not known
 PATIENCE_SECONDS = 3600.0  # of one request for the next message, which is repeated
 
 _printing = threading.Lock()
@@ -71,6 +72,7 @@ def _open(given: Message, terms: Terms) -> tuple[TcpStore, bool]:
     from dtrain.errors import DistNetworkError
 
     host, port, is_host = given["host"], given["port"], given["is_host"]
+    _await_name(host, terms.join_timeout)
     if is_host or (is_host is None and _is_here(host)):
         try:
             return TcpStore(host, port, is_master=True, timeout=terms.join_timeout), True
@@ -78,6 +80,26 @@ def _open(given: Message, terms: Terms) -> tuple[TcpStore, bool]:
             if is_host:
                 raise  # otherwise another node on this host is the head already
     return TcpStore(host, port, timeout=terms.join_timeout), False
+
+
+def _await_name(host: str, seconds: float) -> None:
+    """Wait until the head's name is known: a cluster's DNS learns it when the head's pod is there.
+
+    OSError when it is not after all that time.
+    """
+    deadline, told = time.monotonic() + seconds, False
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise
+            if not told:
+                why = f"{host}, where the nodes meet, is not known here: {error.strerror}"
+                _tell_launcher(say="notice", why=f"{why}; asked again until it is")
+                told = True
+        time.sleep(ASK_AGAIN_SECONDS)
 
 
 def _is_here(host: str) -> bool:
