@@ -13,6 +13,7 @@ import pytest
 from dtrun import placement, secret
 from dtrun.cli import parse
 from dtrun.placement import Place, find, first_host
+from dtrun.rendezvous import reserve_port
 from tests.dtrun.launch import DEADLINE
 
 SLURM = {
@@ -188,15 +189,13 @@ def test_two_tasks_of_srun_train_together(dtrun, tmp_path):
 
 @pytest.mark.skipif(MPIEXEC is None, reason="not run: no mpiexec (pip install 'dtrain[test]')")
 def test_two_processes_of_mpiexec_train_together(tmp_path):
-    environ = {**os.environ, "HOME": str(tmp_path), "MASTER_PORT": "0"}
-    with placement.socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        environ["MASTER_PORT"] = str(free.getsockname()[1])
     command = [sys.executable, "-m", "dtrun", "-m", "dtrain.distributed.selftest"]
-    run = subprocess.run(
-        [MPIEXEC, "-n", "2", *command],
-        env=environ, capture_output=True, text=True, timeout=50, check=False,
-    )  # fmt: skip
+    with reserve_port("127.0.0.1") as held:
+        own = {"HOME": str(tmp_path), "MASTER_PORT": str(held.getsockname()[1])}
+        run = subprocess.run(
+            [MPIEXEC, "-n", "2", *command],
+            env=os.environ | own, capture_output=True, text=True, timeout=50, check=False,
+        )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert WORD in run.stdout
     assert "2 nodes by MPI" in run.stderr
