@@ -12,7 +12,7 @@ import argparse
 import re
 import socket
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from dtrun import secret
@@ -31,6 +31,7 @@ class Place(NamedTuple):
     nnodes: int | None  # None: it does not say
     host: str  # of node 0; "" where it does not say
     job: str = ""  # what no other job has; "" likewise
+    other: str = ""  # another host of the job; "" likewise, or if there is none
 
 
 def blank(environ: Environ) -> argparse.Namespace:
@@ -73,6 +74,7 @@ def _fill(given: argparse.Namespace, place: Place, environ: Environ) -> None:
                 f"{place.scheduler} does not say on which host node 0 is: give its address with "
                 "--rdzv-endpoint HOST:PORT, or in MASTER_ADDR"
             )
+        host = outward(host, place.other) if place.node_rank == 0 and place.other else host
         port = given.master_port or environ.get("MASTER_PORT") or _port(place)
         given.rdzv_endpoint = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     if not given.secret_file and place.scheduler != KUBERNETES:
@@ -110,17 +112,51 @@ def _slurm(environ: Environ) -> Place | None:
     count, rank = _number(environ, "SLURM_STEP_NUM_TASKS"), _number(environ, "SLURM_PROCID")
     again = environ.get("SLURM_RESTART_COUNT", "0")
     job = f"{environ.get('SLURM_JOB_ID', '')}.{environ.get('SLURM_STEP_ID', '')}.{again}"
-    return Place(SLURM, rank, count, first_host(_slurm_nodes(environ)), job)
+    first, other = _first_two(_slurm_nodes(environ))
+    return Place(SLURM, rank, count, first, job, other)
 
 
 def _slurm_nodes(environ: Environ) -> str:
     return environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or ""
 
 
-def first_host(nodes: str) -> str:
-    """The first of Slurm's list of hosts: `rack[01-02]n[3,7],login` begins with rack01n3."""
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
-    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0] if first else "")
+def hosts(nodes: str) -> Iterator[str]:
+    """The names in Slurm's list of hosts: `rack[1-2]n[03,7],login` begins with rack1n03."""
+    for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodes):
+        yield from _expanded(part)
+
+
+def _expanded(part: str) -> Iterator[str]:
+    found = re.search(r"\[([^\]]*)\]", part)
+    if found is None:
+        yield part
+        return
+    for item in found[1].split(","):
+        least, _, most = item.partition("-")
+        for number in range(int(least), int(most or least) + 1):
+            name = str(number).zfill(len(least))
+            yield from _expanded(part[: found.start()] + name + part[found.end() :])
+
+
+def _first_two(nodes: str) -> tuple[str, str]:
+    names = hosts(nodes)
+    return next(names, ""), next(names, "")
+
+
+def outward(host: str, other: str) -> str:
+    """`host`, which is this one; its address towards `other` if the name means only itself here.
+
+    So it does where a distribution writes 127.0.1.1 and the name into /etc/hosts. Sends nothing.
+    """
+    try:
+        if not socket.gethostbyname(host).startswith("127."):
+            return host
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as line:
+            line.connect((other, 9))
+            own: str = line.getsockname()[0]
+    except OSError:
+        return host
+    return host if own.startswith("127.") else own
 
 
 def _mpi(environ: Environ) -> Place | None:
@@ -133,7 +169,8 @@ def _mpi(environ: Environ) -> Place | None:
         return ompi or mpich
     if environ.get("PMIX_RANK") and "SLURM_STEP_NUM_TASKS" not in environ:
         rank, job = _number(environ, "PMIX_RANK"), environ.get("PMIX_NAMESPACE", "")
-        return Place(MPI, rank, None, _mpi_host(environ), job)
+        host, other = _mpi_hosts(environ)
+        return Place(MPI, rank, None, host, job, other)
     return None
 
 
@@ -141,20 +178,21 @@ def _mpi_process(environ: Environ, rank: str, size: str, local_size: str) -> Pla
     if not environ.get(rank) or not environ.get(size):
         return None
     together = environ.get(local_size) == environ[size]
-    host = "127.0.0.1" if together else _mpi_host(environ)
+    host, other = ("127.0.0.1", "") if together else _mpi_hosts(environ)
     job = environ.get("PMIX_NAMESPACE", "")
-    return Place(MPI, _number(environ, rank), _number(environ, size), host, job)
+    return Place(MPI, _number(environ, rank), _number(environ, size), host, job, other)
 
 
-def _mpi_host(environ: Environ) -> str:
-    """The first host of the allocation below mpiexec, on which it starts rank 0."""
+def _mpi_hosts(environ: Environ) -> tuple[str, str]:
+    """The first host of the allocation below mpiexec, on which it starts rank 0, and another."""
     if nodes := _slurm_nodes(environ):
-        return first_host(nodes)
+        return _first_two(nodes)
     try:
         with open(environ.get("PBS_NODEFILE", ""), encoding="utf-8") as file:
-            return file.readline().strip()
+            names = [*dict.fromkeys(line.strip() for line in file), "", ""]
     except OSError:  # of PBS only the first host has the file
-        return ""
+        return "", ""
+    return names[0], names[1]
 
 
 def _kubernetes(environ: Environ, own_name: str) -> Place | None:

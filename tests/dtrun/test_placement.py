@@ -12,7 +12,7 @@ import pytest
 
 from dtrun import placement, secret
 from dtrun.cli import parse
-from dtrun.placement import Place, find, first_host
+from dtrun.placement import Place, find, hosts, outward
 from dtrun.rendezvous import reserve_port
 from tests.dtrun.launch import DEADLINE
 
@@ -56,22 +56,22 @@ def node(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("nodes", "host"),
+    ("nodes", "names"),
     [
         ("node01", "node01"),
-        ("a,b", "a"),
-        ("node[07-09,12]", "node07"),
-        ("rack[01-02]n[3,7],login", "rack01n3"),
-        ("gpu[5]-ib,x", "gpu5-ib"),
+        ("a,b", "a b"),
+        ("node[07-10,12]", "node07 node08 node09 node10 node12"),
+        ("rack[1-2]n[03,7],login", "rack1n03 rack1n7 rack2n03 rack2n7 login"),
+        ("gpu[5]-ib,x", "gpu5-ib x"),
         ("", ""),
     ],
 )
-def test_the_first_of_slurms_hosts(nodes, host):
-    assert first_host(nodes) == host
+def test_slurms_list_of_hosts(nodes, names):
+    assert list(hosts(nodes)) == names.split()
 
 
 def test_each_batch_system_is_read():
-    assert find(SLURM, "") == Place("Slurm", 3, 4, "node07", "42.1.0")
+    assert find(SLURM, "") == Place("Slurm", 3, 4, "node07", "42.1.0", "node08")
     assert find(SLURM | {"SLURM_RESTART_COUNT": "2"}, "").job == "42.1.2"
     assert find(OPEN_MPI, "") == Place("MPI", 1, 4, "", "prterun-a-1@1")
     assert find(MPICH, "") == Place("MPI", 1, 2, "127.0.0.1")
@@ -84,9 +84,18 @@ def test_each_batch_system_is_read():
 def test_mpi_inside_of_an_allocation_finds_its_first_host(tmp_path):
     """mpiexec of a Slurm job: the step is that of its own helpers, the ranks are MPI's."""
     place = find(SLURM | OPEN_MPI, "")
-    assert place == Place("MPI", 1, 4, "node07", "prterun-a-1@1")
+    assert place == Place("MPI", 1, 4, "node07", "prterun-a-1@1", "node08")
     (tmp_path / "nodes").write_text("first\nfirst\nsecond\n")
-    assert find(OPEN_MPI | {"PBS_NODEFILE": str(tmp_path / "nodes")}, "").host == "first"
+    place = find(OPEN_MPI | {"PBS_NODEFILE": str(tmp_path / "nodes")}, "")
+    assert (place.host, place.other) == ("first", "second")
+
+
+def test_a_name_that_means_this_host_alone_is_replaced(monkeypatch):
+    known = {"node0": "127.0.1.1", "node1": "10.0.0.1", "self": "127.0.0.1"}
+    monkeypatch.setattr(placement.socket, "gethostbyname", known.__getitem__)
+    assert outward("node1", "node0") == "node1"
+    assert outward("node0", "127.0.0.1") == "node0"  # the other one is here, too
+    assert outward("node0", "::1") == "node0"  # no such address of IPv4
 
 
 def test_a_batch_script_and_a_rank_are_no_node():
