@@ -61,7 +61,7 @@ from dtrain.dtypes import (
 from dtrain.generator import (
     Generator as Generator,
 )
-from dtrain.heap import keep_freed_memory as _keep_freed_memory
+from dtrain.heap import keep_freed_memory as _keep_freed_memory, use_huge_pages as _huge_pages
 from dtrain.legacy import (
     BFloat16Tensor as BFloat16Tensor,
     BoolTensor as BoolTensor,
@@ -385,7 +385,8 @@ warnings.filterwarnings(
     "ignore", category=RuntimeWarning, module=r"dtrain\.(autograd|ops|nn|optim)\b"
 )
 
-_keep_freed_memory()
+if _keep_freed_memory():
+    _huge_pages()
 
 _LAZY = frozenset(  # sub-packages
     (

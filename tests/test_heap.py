@@ -44,6 +44,21 @@ print(before - resident() > 12 * 1024, 0)  # pages of 4 KiB: of 64 MiB at least 
 """
 
 
+HUGE = """
+import numpy as np
+import dtrain
+
+arrays = [np.ones(1 << 19, np.float32) for _ in range(32)]  # 64 MiB
+with open("/proc/self/smaps") as lines:
+    found = 0
+    for line in lines:
+        heap = line.rstrip().endswith("[heap]") if "-" in line.split()[0] else heap
+        if heap and line.startswith("AnonHugePages"):
+            found += int(line.split()[1])
+print(True, found)
+"""
+
+
 def run(program=PROGRAM, **variables):
     env = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
     done = subprocess.run(
@@ -70,3 +85,25 @@ def test_the_environment_decides_when_it_says_something():
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc's allocator")
 def test_freed_memory_is_returned_when_asked_for():
     assert run(RETURN) == (True, 0)
+
+
+def huge_pages_on_request():
+    try:
+        with open("/sys/kernel/mm/transparent_hugepage/enabled") as modes:
+            return "[never]" not in modes.read()
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc's allocator")
+@pytest.mark.skipif(not huge_pages_on_request(), reason="this system has no huge pages")
+def test_arrays_in_the_heap_lie_in_huge_pages():
+    """Unless the environment says how the allocator shall behave."""
+    assert run(HUGE)[1] >= 32 * 1024  # KiB; some may not be found when memory is in pieces
+    assert run(HUGE, MALLOC_TRIM_THRESHOLD_="131072")[1] == 0
+
+
+def test_no_addresses_are_taken_where_they_are_limited():
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))"
+    call = "from dtrain.heap import use_huge_pages; print(use_huge_pages() is False, 0)"
+    assert run(f"{limit}; {call}") == (True, 0)
