@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -12,7 +13,9 @@ import numpy as np
 import pytest
 
 from dtrain.comm.collectives import Barrier
+from dtrain.comm.transports import unix
 from dtrain.comm.transports.unix import CHUNK, UnixTransport
+from dtrain.comm.transports.window import NOWHERE
 from dtrain.errors import DistNetworkError, PeerLost, TransportTimeout
 from dtrain.testing.world import run_ranks, run_world
 from tests.comm.test_transports import OtherHosts
@@ -107,3 +110,24 @@ def test_a_death_is_noticed_although_a_child_holds_the_sockets():
     outcomes = run_ranks(2, dies, transport="unix", processes=True, timeout=30)
     assert outcomes[0].value == 1
     assert outcomes[1].status == -signal.SIGKILL
+
+
+def full_of_no_memory():
+    raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+
+def test_without_memory_to_share_arrays_are_sent(monkeypatch):
+    monkeypatch.setattr(unix, "Lender", full_of_no_memory)
+
+    def look(group):
+        group.submit(Barrier())
+        return group.transport.hand(1 - group.rank, np.zeros(100_000))
+
+    with pytest.warns(RuntimeWarning, match="no memory to share with other ranks"):
+        assert run_world(2, look, transport="unix") == [NOWHERE, NOWHERE]
+
+
+def test_memory_that_cannot_be_mapped_is_an_error_that_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(unix, "Borrower", lambda descriptor: full_of_no_memory())
+    with pytest.raises(DistNetworkError, match=r"cannot map the memory that rank . lends .*ulimit"):
+        run_world(2, lambda group: None, transport="unix")

@@ -19,6 +19,7 @@ import socket
 import struct
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Sequence
 
@@ -83,7 +84,7 @@ class UnixTransport(PumpedTransport):
         self._epoll.register(self._bell, select.EPOLLIN)
         self._places: dict[int, int] = {}  # {descriptor of a socket: rank}
         self._ends: dict[int, int] = {}  # {descriptor that tells of a process's end: rank}
-        self._lender = Lender() if futex.AVAILABLE else None
+        self._lender = _make_lender() if futex.AVAILABLE else None
         self._buffer = bytearray(_FRAME)
         try:
             self._meet(store, timeout)
@@ -150,8 +151,8 @@ class UnixTransport(PumpedTransport):
             _close(descriptors)
             return -1
         mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._add(rank, mine, descriptors)
         with theirs:
+            self._add(rank, mine, descriptors)
             socket.send_fds(connection, [b"\0"], [theirs.fileno(), *self._lent_file()])
         return int(rank)
 
@@ -173,6 +174,12 @@ class UnixTransport(PumpedTransport):
         """Begin to listen to `rank`, whose memory is the file in `files`, if there is one."""
         try:
             self._links[rank] = _Link(end, Borrower(files[0]) if files else None)
+        except OSError as error:
+            end.close()
+            raise DistNetworkError(
+                f"cannot map the memory that rank {rank} lends ({error}): is the address space "
+                "limited (ulimit -v)? Without such memory: transport 'zmq'"
+            ) from error
         finally:
             _close(files)
         self._places[end.fileno()] = rank
@@ -376,6 +383,19 @@ class UnixTransport(PumpedTransport):
         self._ends.clear()
         if self._lender is not None:
             self._lender.close()
+
+
+def _make_lender() -> Lender | None:
+    try:
+        return Lender()
+    except OSError as error:
+        warnings.warn(
+            f"no memory to share with other ranks of this host ({error}): arrays are sent to them,"
+            " which is slower",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
 
 
 def _close(descriptors: Sequence[int]) -> None:
