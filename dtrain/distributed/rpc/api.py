@@ -57,8 +57,8 @@ def init_rpc(
     options = rpc_backend_options or RpcBackendOptions()
     agent = meet(name, rank, world_size, options, accept_code)
     current.install(agent)
-    agent.start()
     current.at_end(_leave)
+    agent.start()
 
 
 def _leave() -> None:

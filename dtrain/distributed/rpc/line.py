@@ -55,6 +55,7 @@ class Line:
         self._sent: defaultdict[int, int] = defaultdict(int)
         self._heard: defaultdict[int, int] = defaultdict(int)
         self._waiting: list[_Waiting] = []
+        self._looked = False
         self.shift = Shift(self._move, self._do_chores, self._fail, name)
         self.on_envelope: Callable[[int, list[Any]], None]
         self.on_message: Callable[[int, list[Any], list[Any]], None]
@@ -64,7 +65,6 @@ class Line:
 
     def start(self) -> None:
         """Begin to listen; set the callbacks first."""
-        self._transport.look()
         self.shift.start()
 
     @property
@@ -165,6 +165,9 @@ class Line:
         self._transport.wait_until(done, deadline)
 
     def _do_chores(self) -> None:
+        if not self._looked:  # connected to everybody, so that deaths are noticed
+            self._looked = True
+            self._transport.look()
         self.chores()
         with contextlib.suppress(TransportTimeout, PeerLost):
             self._transport.flush(time.monotonic())  # let go of what has been written
