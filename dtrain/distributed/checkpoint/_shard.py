@@ -8,8 +8,9 @@ in pieces. Source: https://github.com/huggingface/safetensors.
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 from dtrain import dtypes
 from dtrain.distributed.checkpoint._disk import PIECE, NewFile
 from dtrain.distributed.checkpoint.api import DamagedCheckpoint
+from dtrain.tensor import Size
 
 Array = np.ndarray[Any, Any]
 
@@ -28,35 +30,88 @@ NAMES = {
     **{"int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "bool": "BOOL"},
     **{"uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "complex64": "C64"},
 }
+_KINDS = {short: name for name, short in NAMES.items()}
+
+
+LIMIT = 100 << 20  # bytes of a header, as in the format's own reader
+
+Specs = Sequence[tuple[str, dtypes.dtype, Sequence[int]]]
 
 
 def write_shard(path: Path, arrays: Sequence[tuple[str, Array]], sync: bool) -> dict[str, Any]:
     """Write named arrays; {"size", "sha256", "begins": where each one's data begin in the file}."""
-    header, ends = _header(arrays)
+    specs = [(name, dtypes.from_numpy(array.dtype), array.shape) for name, array in arrays]
+    header, begins = header_of(specs)
     with NewFile(path, sync) as file:
         file.write(header)
         for _, array in arrays:
-            for piece in _pieces(array):
+            for piece in pieces(array):
                 file.write(piece)
-    begins = [len(header) + end for end in ends[:-1]]
     return {"size": file.size, "sha256": file.sha256, "begins": begins}
 
 
-def _header(arrays: Sequence[tuple[str, Array]]) -> tuple[bytes, list[int]]:
-    entries: dict[str, Any] = {}
+def header_of(specs: Specs, texts: Mapping[str, str] | None = None) -> tuple[bytes, list[int]]:
+    """The head of a file with these tensors in this order, and where the data of each begin.
+
+    `texts` become its `__metadata__`.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(texts)} if texts else {}
     ends = [0]
-    for name, array in arrays:
-        kind, shape = dtypes.from_numpy(array.dtype).name, list(array.shape)
+    for name, dtype, size in specs:
+        kind, shape = dtype.name, list(size)
+        ends.append(ends[-1] + math.prod(shape) * dtype.itemsize)
         if kind not in NAMES:  # complex128: pairs of float64
             kind, shape = "float64", [*shape, 2]
-        ends.append(ends[-1] + array.nbytes)
         entries[name] = {"dtype": NAMES[kind], "shape": shape, "data_offsets": ends[-2:]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, ends
+    header = len(text).to_bytes(8, "little") + text
+    return header, [len(header) + end for end in ends[:-1]]
 
 
-def _pieces(array: Array) -> Iterator[Array]:
+def read_header(path: Path) -> tuple[dict[str, tuple[dtypes.dtype, Size, int]], dict[str, str]]:
+    """({name: (dtype, shape, where its data begin)}, texts) of a safetensors file.
+
+    DamagedCheckpoint unless the tensors fill the file exactly, in some order.
+    """
+    try:
+        with open(path, "rb") as file:
+            total, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+            if length > min(LIMIT, total):
+                raise ValueError(f"a header of {length} bytes in a file of {total}")
+            entries = json.loads(file.read(length), object_pairs_hook=_once)
+        texts = entries.pop("__metadata__", {})
+        return _filling(entries, 8 + length, total), {str(k): str(v) for k, v in texts.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        told = f"{type(error).__name__}: {error}"
+        raise DamagedCheckpoint(f"{path} is no undamaged safetensors file: {told}") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key that stands there twice")
+    return found
+
+
+def _filling(
+    entries: dict[str, Any], begin: int, total: int
+) -> dict[str, tuple[dtypes.dtype, Size, int]]:
+    tensors, end = {}, 0
+    for name, entry in sorted(entries.items(), key=lambda pair: pair[1]["data_offsets"]):
+        (first, last), shape = entry["data_offsets"], entry["shape"]
+        dtype = dtypes.BY_NAME[_KINDS[entry["dtype"]]]
+        if not all(type(n) is int and n >= 0 for n in (first, last, *shape)) or first != end:
+            raise ValueError(f"{name} does not begin where the one before ends")
+        if last - first != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{name} has {last - first} bytes for {dtype.name} {shape}")
+        tensors[name], end = (dtype, Size(shape), begin + first), last
+    if begin + end != total:
+        raise ValueError(f"its tensors end at byte {begin + end} of {total}")
+    return tensors
+
+
+def pieces(array: Array) -> Iterator[Array]:
     """The bytes of an array in C order, at most about PIECE at a time."""
     if array.flags.c_contiguous:
         flat = array.reshape(-1).view(np.uint8)

@@ -302,7 +302,7 @@ class FileSystemReader(_Folder, StorageReader):
 
         def check(entry: tuple[str, dict[str, Any]]) -> None:
             name, file = entry
-            _shard.check_file(self.path / name, file["size"], file["sha256"])
+            _shard.check_file(self._place(name), file["size"], file["sha256"])
 
         _all(check, files, self.thread_count)
 
@@ -336,10 +336,13 @@ class FileSystemReader(_Folder, StorageReader):
                 name, begin = self._held["chunks"][fqn][index]
                 pieces.setdefault(name, []).append((begin, item))
         for name, items in pieces.items():
-            with _opened(self.path / name) as file:
+            with _opened(self._place(name)) as file:
                 for begin, item in sorted(items, key=lambda piece: piece[0]):
                     self._read_piece(file, begin, item, planner)
         return _done(None)
+
+    def _place(self, name: str) -> Path:
+        return self.path / name
 
     def _read_piece(self, file: int, begin: int, item: Any, planner: LoadPlanner) -> None:
         assert self.metadata is not None
