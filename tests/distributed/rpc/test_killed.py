@@ -47,7 +47,7 @@ def die_at(kind):
 
 
 def nap():
-    time.sleep(0.05)
+    time.sleep(0.7)  # longer than its caller may take to give it up
 
 
 def give_up(to):
