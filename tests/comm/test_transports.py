@@ -185,7 +185,7 @@ def test_a_forked_child_is_told_so_and_the_parent_goes_on():
             _in_child(lambda: group.submit(Barrier()))
         group.submit(Barrier())
 
-    for transport in ("local", "shm", "zmq"):
+    for transport in ("local", "shm", "unix", "zmq"):
         run_world(2, fork, transport=transport)
 
 
