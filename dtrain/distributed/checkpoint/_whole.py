@@ -32,12 +32,13 @@ from dtrain.distributed.checkpoint.metadata import (
     MetadataIndex,
 )
 from dtrain.distributed.tensor import DTensor
+from dtrain.tensor import Size
 
 Array = np.ndarray[Any, Any]
 
 
 class WholeTensors:
-    """The tensors of a flat state dict, whole on the first rank, in the order of their names.
+    """The tensors of a flat state dict, whole on the first rank, those of larger numbers first.
 
     `metadata` says what they are, before anything moves. CheckpointException where ranks disagree.
     """
@@ -58,8 +59,15 @@ class WholeTensors:
         The array is the state dict's own where this rank has all of it. Blocks for the part of
         each rank, at most the group's timeout.
         """
-        for fqn in sorted(self.metadata.state_dict_metadata):
+        for fqn, _, _ in self.specs:
             yield fqn, self._collected(fqn)
+
+    @property
+    def specs(self) -> list[tuple[str, dtypes.dtype, Size]]:
+        """(name, dtype, shape) of each, in the order in which they come."""
+        entries: Any = self.metadata.state_dict_metadata.items()
+        found = [(fqn, entry.properties.dtype, entry.size) for fqn, entry in entries]
+        return sorted(found, key=lambda spec: (-spec[1].itemsize, spec[0]))
 
     def _collected(self, fqn: str) -> Array | None:
         entry: Any = self.metadata.state_dict_metadata[fqn]

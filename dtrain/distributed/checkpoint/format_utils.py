@@ -1,6 +1,7 @@
 """Checkpoints of many ranks to and from single files: PyTorch's `torch.save`, and safetensors.
 
-Each runs in one process, without a process group, and verifies a checkpoint before it reads it. To
+Each runs in one process, without a process group, and verifies a checkpoint before it reads it;
+`save_safetensors` alone is for all ranks, and makes a file of state that is in memory. To
 and from safetensors one tensor is in memory at a time; a `torch.save` file is made and read as a
 whole. Files appear complete or not at all. Source: torch.distributed.checkpoint.format_utils, for
 the two with `torch_save` in their names.
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,13 @@ import numpy as np
 
 from dtrain.autograd.node import make
 from dtrain.distributed.checkpoint import _shard, _values
-from dtrain.distributed.checkpoint._nested_dict import unflatten_state_dict
+from dtrain.distributed.checkpoint._nested_dict import (
+    flatten_state_dict,
+    is_tensor,
+    unflatten_state_dict,
+)
+from dtrain.distributed.checkpoint._together import Together
+from dtrain.distributed.checkpoint._whole import WholeTensors
 from dtrain.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from dtrain.distributed.checkpoint.metadata import TensorStorageMetadata
 from dtrain.distributed.checkpoint.state_dict_saver import save
@@ -106,15 +113,50 @@ def dcp_to_safetensors(dcp_checkpoint_dir: StrPath, path: StrPath) -> None:
     # Larger numbers first, so that all data are aligned in the file.
     names = sorted(whole.tensors, key=lambda n: -whole.tensors[n].properties.dtype.itemsize)
     specs = [(n, whole.tensors[n].properties.dtype, whole.tensors[n].size) for n in names]
-    texts = {_VALUES: json.dumps(whole.values)} if whole.values else None
-    header, _ = _shard.header_of(specs, texts)
+    _write(path, specs, whole.values, map(whole.read, names))
+
+
+def _write(
+    path: StrPath, specs: _shard.Specs, values: dict[str, Any], arrays: Iterable[Any]
+) -> None:
+    """One safetensors file, complete or not there."""
+    header, _ = _shard.header_of(specs, {_VALUES: json.dumps(values)} if values else None)
     if len(header) > _shard.LIMIT:
         raise ValueError(f"{path}: a header of {len(header)} bytes, the format allows 100 MB")
     with published(path) as file:
         file.write(header)
-        for name in names:
-            for piece in _shard.pieces(whole.read(name)):
+        for array in arrays:
+            for piece in _shard.pieces(array):
                 file.write(piece)
+
+
+def save_safetensors(
+    state_dict: Mapping[str, Any], path: StrPath, process_group: Any = None
+) -> None:
+    """The state of all ranks as one safetensors file, which rank 0 writes; all ranks call it.
+
+    Names and values as in `dcp_to_safetensors`. Parts come to rank 0 one tensor at a time: it holds
+    one whole tensor that is cut, the others none. Blocks until the file is on the disk, then all
+    ranks know; CheckpointException on all of them. Not in torch.
+    """
+    ranks = Together(process_group)
+    flat, _ = flatten_state_dict(state_dict)
+    whole = WholeTensors(flat, ranks)
+    stream, failure = iter(whole), None
+    values = {k: _values.to_json(v, k) for k, v in flat.items() if not is_tensor(v)}
+    if ranks.rank == 0:
+        try:
+            _write(path, whole.specs, values, (array for _, array in stream))
+        except Exception as error:  # the others send on, and are told below
+            failure = error
+    for _ in stream:
+        pass
+
+    def tell() -> None:
+        if failure is not None:
+            raise failure
+
+    ranks.each(f"writing {path}", tell)
 
 
 def safetensors_to_dcp(path: StrPath, dcp_checkpoint_dir: StrPath) -> None:

@@ -17,9 +17,10 @@ from dtrain.distributed.checkpoint.format_utils import (
     dcp_to_safetensors,
     dcp_to_torch_save,
     safetensors_to_dcp,
+    save_safetensors,
     torch_save_to_dcp,
 )
-from dtrain.distributed.tensor import Shard, distribute_tensor
+from dtrain.distributed.tensor import Replicate, Shard, distribute_tensor
 from dtrain.testing.distributed import run_distributed
 
 KINDS = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool, torch.uint8]
@@ -176,3 +177,30 @@ def test_convert_goes_by_the_names(folder, tmp_path, capsys):
     damage(folder)
     assert main(["convert", str(folder), str(tmp_path / "no.pt")]) == 1
     assert not (tmp_path / "no.pt").exists()
+
+
+def save_one_file(path, cut):
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    table = torch.arange(35.0).view(5, 7)
+    state = {
+        "cut": distribute_tensor(table, mesh, [cut]),
+        "plain": {"step": torch.tensor(3), "mask": torch.tensor([True, False, True])},
+        "epoch": (1, 2),
+    }
+    save_safetensors(state, path)
+
+
+@pytest.mark.parametrize("cut", [Shard(0), Shard(1), Replicate()], ids=str)
+def test_the_state_of_all_ranks_is_streamed_into_one_file(tmp_path, cut):
+    run_distributed(3, save_one_file, tmp_path / "a.safetensors", cut)
+    safetensors_to_dcp(tmp_path / "a.safetensors", tmp_path / "a")
+    blank = {"cut": torch.zeros(5, 7), "plain.step": torch.tensor(0), "epoch": None}
+    dcp.load(blank, checkpoint_id=tmp_path / "a")
+    assert torch.equal(blank["cut"], torch.arange(35.0).view(5, 7))
+    assert blank["plain.step"].item() == 3
+    assert blank["epoch"] == (1, 2)
+
+
+def test_all_ranks_are_told_that_the_file_cannot_be_written(tmp_path):
+    with pytest.raises(dcp.CheckpointException, match=r"rank 0: FileNotFoundError"):
+        run_distributed(3, save_one_file, tmp_path / "none" / "a.safetensors", Shard(0))
