@@ -48,8 +48,10 @@ class Together:
         failures = {r: _heard(form) for r, (ok, form) in enumerate(answers) if not ok}
         if failures:
             self._raise(what, failures, own)
-        others = (unpack(decode(a[1])) for r, a in enumerate(answers) if r != self.rank)
-        return [value if rank == self.rank else next(others) for rank in range(self.size)]
+        found: list[Any] = [
+            value if r == self.rank else unpack(decode(form)) for r, (_, form) in enumerate(answers)
+        ]
+        return found
 
     def first(self, what: str, work: Callable[[], T]) -> T:
         """The result of `work`, which the coordinator alone does, on all ranks."""

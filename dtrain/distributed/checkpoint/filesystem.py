@@ -147,7 +147,7 @@ class FileSystemWriter(_Folder, BlockingAsyncStager, StorageWriter):
             path = folder / f"rank-{rank}{part}.safetensors"
             return _write_file(path, shares[number], planner, self.sync_files)
 
-        texts = [(item, planner.resolve_data(item)) for item in values]
+        texts: list[Any] = [(item, planner.resolve_data(item)) for item in values]
         results = [WriteResult(i.index, i.nbytes, {"value": t.read().decode()}) for i, t in texts]
         for part in _all(write, range(len(shares)), self.thread_count):
             results += part
@@ -217,7 +217,8 @@ def _write_file(
 ) -> list[WriteResult]:
     # Larger numbers first, so that all data are aligned in the file.
     items = sorted(items, key=lambda i: -_itemsize(i))
-    arrays = [(_name_of(item), planner.resolve_data(item)._data) for item in items]
+    tensors: list[Any] = [planner.resolve_data(item) for item in items]
+    arrays = [(_name_of(i), tensor._data) for i, tensor in zip(items, tensors, strict=True)]
     written = _shard.write_shard(path, arrays, sync)
     begins = written.pop("begins")
     return [

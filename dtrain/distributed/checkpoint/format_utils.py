@@ -127,7 +127,7 @@ def _write(
         file.write(header)
         for array in arrays:
             for piece in _shard.pieces(array):
-                file.write(piece)
+                file.write(memoryview(piece))  # type: ignore[arg-type]
 
 
 def save_safetensors(
