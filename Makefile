@@ -8,6 +8,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 NPROC  ?= 2
 ROUNDS ?= 10
+MINUTES ?= 10
 ARGS   ?=
 
 BIN := $(VENV)/bin
@@ -37,7 +38,8 @@ bench: $(VENV)/.installed ## time collectives, ops and whole training steps
 	$(BIN)/python benchmarks/ops.py
 	$(BIN)/python benchmarks/step.py
 
-stress: $(VENV)/.installed-test ## repeat the tests with threads, processes and sockets ROUNDS times
+stress: $(VENV)/.installed-test ## kill jobs for MINUTES, repeat tests of processes ROUNDS times
+	$(BIN)/python -m tests.faults.soak --minutes $(MINUTES)
 	@for round in $$(seq $(ROUNDS)); do \
 	  echo "round $$round of $(ROUNDS)"; \
 	  DTRAIN_TEST_CALLS=100000 \
