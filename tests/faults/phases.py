@@ -88,7 +88,8 @@ def arm(name: str, mark: Callable[[], Any]) -> None:
 
 
 def strike(mark: Callable[[], Any]) -> None:
-    """The end of this process; of several threads that come by at once, one says so."""
-    if _first.acquire(blocking=False):
+    """The end of this process; of several threads that come by at once, one says so and strikes."""
+    with _first:  # the others wait here for the end
         mark()
-    os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
+        threading.Event().wait()
