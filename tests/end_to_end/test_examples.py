@@ -46,6 +46,23 @@ def test_train_digits(ranks):
     assert accuracy > 0.93
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit of memory is Linux's")
+def test_fsdp_larger_than_memory():
+    """FSDP trains, DDP runs out of memory, under the same limit."""
+    script = EXAMPLES / "fsdp_larger_than_memory.py"
+    ended = dtrun(2, script, "--steps", 3)
+    assert ended.code == 0, ended.err
+    first, last = (float(loss) for loss in re.findall(r"loss (\d+\.\d+)", ended.out))
+    assert last < first
+    state, limit = map(
+        int, re.search(r"(\d+) MiB of state, a rank may use (\d+)", ended.out).groups()
+    )
+    assert state >= 1.5 * limit
+    ended = dtrun(2, script, "--steps", 3, "--ddp")
+    assert ended.code != 0
+    assert "MemoryError" in ended.err + ended.out
+
+
 SMALL = ["--steps", 50, "--batch-size", 4, "--context", 24, "--data", EXAMPLES / "train_gpt.py"]
 
 # Runs a script whose process ends hard right after the second checkpoint was published.

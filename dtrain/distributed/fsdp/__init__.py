@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         FullyShardedDataParallel as FullyShardedDataParallel,
     )
     from dtrain.distributed.fsdp.policies import (
+        CPUOffloadPolicy as CPUOffloadPolicy,
         MixedPrecisionPolicy as MixedPrecisionPolicy,
         OffloadPolicy as OffloadPolicy,
     )
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BackwardPrefetch",
     "CPUOffload",
+    "CPUOffloadPolicy",
     "FSDPModule",
     "FullOptimStateDictConfig",
     "FullStateDictConfig",
@@ -72,7 +74,7 @@ _PLACES = {
         ("FSDPModule", "UnshardHandle", "fully_shard", "register_fsdp_forward_method"),
         "_fully_shard",
     ),
-    **dict.fromkeys(("MixedPrecisionPolicy", "OffloadPolicy"), "policies"),
+    **dict.fromkeys(("CPUOffloadPolicy", "MixedPrecisionPolicy", "OffloadPolicy"), "policies"),
     "FullyShardedDataParallel": "fully_sharded_data_parallel",
     **dict.fromkeys(
         (

@@ -14,7 +14,11 @@ from typing import Any
 from dtrain.distributed.device_mesh import DeviceMesh
 from dtrain.distributed.fsdp.joining import JoiningUnits
 from dtrain.distributed.fsdp.making import make_state
-from dtrain.distributed.fsdp.policies import MixedPrecisionPolicy, OffloadPolicy
+from dtrain.distributed.fsdp.policies import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+)
 from dtrain.distributed.fsdp.state import ModuleState, state_of
 from dtrain.distributed.fsdp.unit import Unit
 from dtrain.distributed.world import resolve
@@ -48,7 +52,7 @@ def fully_shard(
                     copy, unless this is True. 1 means False; another number, which must be a factor
                     of the number of ranks, None.
     mp_policy       dtypes in forward, backward and reduction.
-    offload_policy  `OffloadPolicy()`, which is the default; there is no other one yet.
+    offload_policy  `CPUOffloadPolicy()`: what a rank keeps is in files, which memory need not hold.
     ignored_params  parameters that stay as they are.
 
     ValueError for a parameter without dimensions.
@@ -56,13 +60,14 @@ def fully_shard(
     modules = [module] if isinstance(module, Module) else list(module)
     for each in modules:
         _check_module(each)
-    if offload_policy is not None and type(offload_policy) is not OffloadPolicy:
+    if offload_policy is not None and not isinstance(offload_policy, OffloadPolicy):
         raise TypeError(f"offload_policy: expected an OffloadPolicy, got {offload_policy!r}")
     precision = mp_policy or MixedPrecisionPolicy()
     ranks = _mesh(mesh)
     after_forward = _after_forward(reshard_after_forward, ranks.size(ranks.ndim - 1))
     ignored = {id(p) for p in ignored_params or ()}
-    make_state(modules, ranks, precision, after_forward, ignored)
+    offload = isinstance(offload_policy, CPUOffloadPolicy)
+    make_state(modules, ranks, precision, after_forward, ignored, offload=offload)
     for each in modules:
         each.__class__ = _class_for(type(each))
     return module

@@ -51,6 +51,8 @@ class FullyShardedDataParallel(Module, JoiningUnits):
                     dtrain.distributed.fsdp.wrap.
     backward_prefetch   BackwardPrefetch, or None: a unit is gathered when it is needed.
     mixed_precision     MixedPrecision.
+    cpu_offload         CPUOffload(offload_params=True): what a rank keeps is in files, for models
+                    larger than memory.
     ignored_modules, ignored_states   modules, or parameters or modules, that stay as they are and
                     are not reduced.
     sync_module_states  begin with the first rank's parameters and buffers. Without it each rank
@@ -87,8 +89,6 @@ class FullyShardedDataParallel(Module, JoiningUnits):
         device_mesh: DeviceMesh | None = None,
     ) -> None:
         super().__init__()
-        if cpu_offload is not None and cpu_offload.offload_params:
-            raise NotImplementedError("CPUOffload(offload_params=True) is not there yet")
         strategy = sharding_strategy or ShardingStrategy.FULL_SHARD
         mesh = mesh_for(strategy, process_group, device_mesh)
         kept = _Ignored(ignored_modules, ignored_states)
@@ -100,7 +100,7 @@ class FullyShardedDataParallel(Module, JoiningUnits):
             below = {
                 **{"sharding_strategy": strategy, "device_mesh": _given(mesh, strategy)},
                 **{"backward_prefetch": backward_prefetch, "mixed_precision": mixed_precision},
-                "ignored_states": kept.states,
+                **{"ignored_states": kept.states, "cpu_offload": cpu_offload},
             }
             _wrap_below(module, auto_wrap_policy, kept, below)
         self._fsdp_wrapped_module = module
@@ -110,7 +110,9 @@ class FullyShardedDataParallel(Module, JoiningUnits):
             reduce_dtype=self.mixed_precision.reduce_dtype,
             cast_forward_inputs=False,
         )
-        state = make_state([self], mesh, policy, reshard_after_forward(strategy), kept.ids)
+        given_back = reshard_after_forward(strategy)
+        offload = cpu_offload is not None and cpu_offload.offload_params
+        state = make_state([self], mesh, policy, given_back, kept.ids, offload=offload)
         if backward_prefetch is None:
             state.backward_prefetch = []
         self.register_state_dict_post_hook(wrapped_state.keys_without_wrapper)

@@ -24,16 +24,18 @@ def make_state(
     precision: MixedPrecisionPolicy,
     reshard_after_forward: bool | None,
     ignored: Collection[int],
+    *,
+    offload: bool = False,
 ) -> ModuleState:
     """Shard all parameters below `modules` that belong to no unit yet, one unit for each dtype.
 
     `ignored`: the ids of parameters that stay as they are. The hooks of forward are those of
-    `modules`. Waits for all ranks of the mesh.
+    `modules`. `offload`: what a rank keeps is in files. Waits for all ranks of the mesh.
     """
     found = _parameters(modules, ignored)
     units = [
         Unit([slots for _, slots in same], [p for p, _ in same], mesh, _dtypes(dtype, precision),
-             given_back=reshard_after_forward is True)
+             given_back=reshard_after_forward is True, offload=offload)
         for dtype, same in _by_dtype(found).items()
     ]  # fmt: skip
     state = ModuleState(modules, units, reshard_after_forward, precision)

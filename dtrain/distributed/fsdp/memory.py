@@ -20,6 +20,7 @@ from dtrain.comm.shards import GatherShards
 from dtrain.comm.sharing import share
 from dtrain.comm.work import Work
 from dtrain.distributed.fsdp.layout import Layout
+from dtrain.distributed.fsdp.offload import mapped
 from dtrain.distributed.world import ProcessGroup
 from dtrain.flat import Array
 
@@ -105,12 +106,18 @@ class Private(_Gathered):
         self._pages.madvise(mmap.MADV_DONTNEED)
 
 
-def home_for(layout: Layout, group: ProcessGroup, dtype: Any, *, given_back: bool) -> Home:
+def home_for(
+    layout: Layout, group: ProcessGroup, dtype: Any, *, given_back: bool, offload: bool = False
+) -> Home:
     """Memory for a unit: collective, as all ranks must come to the same kind.
 
-    `given_back`: over several hosts, rather gather it again than keep it on each.
+    `given_back`: over several hosts, rather gather it again than keep it on each. `offload`: shards
+    are in a file.
     """
     kind, rank = np.dtype(dtype), group.rank()
+    if offload:
+        count = sum(cut.stop - cut.start for cut in layout.cuts[rank])
+        return Private(layout, rank, kind, mapped(count, layout.dtype))
     island = getattr(getattr(group.arrays, "transport", None), "island", None)
     alone = island is not None and all(len(ranks) == 1 for ranks in island.placement.hosts)
     if alone or (island is not None and given_back):

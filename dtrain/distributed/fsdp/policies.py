@@ -32,3 +32,13 @@ class MixedPrecisionPolicy:
 @dataclass
 class OffloadPolicy:
     """Nothing is offloaded."""
+
+
+@dataclass
+class CPUOffloadPolicy(OffloadPolicy):
+    """Shards of parameters, their gradients and optimizer state are in files without names, in
+    TMPDIR: the system writes out what memory has no room for. Whole units are gathered into memory,
+    also on one host, and given back. `pin_memory` is accepted and changes nothing.
+    """
+
+    pin_memory: bool = True

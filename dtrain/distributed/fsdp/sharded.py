@@ -15,6 +15,7 @@ from dtrain.autograd.grad_mode import enable_grad
 from dtrain.autograd.node import make
 from dtrain.autograd.value import PARTS
 from dtrain.distributed.device_mesh import DeviceMesh
+from dtrain.distributed.fsdp.offload import mapped
 from dtrain.distributed.tensor._api import DTensor, DTensorParameter, wrap
 from dtrain.distributed.tensor._dtensor_spec import DTensorSpec
 from dtrain.distributed.tensor.placement_types import Replicate, Shard, _StridedShard
@@ -88,6 +89,16 @@ class Sharded(DTensorParameter):
     def _update(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._fsdp.await_readers()
         return super()._update(function, args, kwargs)
+
+    def _kin(self, data: Any) -> Any:
+        """As of any DTensor; what belongs to an offloaded parameter, such as the state of an
+        optimizer, is in a file, too.
+        """
+        if self._fsdp.offload:
+            own = mapped(data.size, data.dtype).reshape(data.shape)
+            np.copyto(own, data)
+            data = own
+        return super()._kin(data)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise RuntimeError(

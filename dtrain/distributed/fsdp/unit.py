@@ -26,6 +26,7 @@ from dtrain.comm.work import Work
 from dtrain.distributed.device_mesh import DeviceMesh
 from dtrain.distributed.fsdp.layout import Layout
 from dtrain.distributed.fsdp.memory import Pool, home_for
+from dtrain.distributed.fsdp.offload import mapped
 from dtrain.distributed.fsdp.sharded import facing, sharded_parameter, whole_parameter
 from dtrain.distributed.world import ProcessGroup
 from dtrain.flat import Array
@@ -72,6 +73,7 @@ class Unit:
         precision: Precision,
         *,
         given_back: bool = False,
+        offload: bool = False,
     ) -> None:
         self.slots, self.precision, self.mesh = slots, precision, mesh
         self.group: ProcessGroup = mesh.get_group(mesh.ndim - 1)
@@ -79,7 +81,10 @@ class Unit:
         rank = self.group.rank()
         arrays = [p._data for p in parameters]
         self.layout = Layout([a.shape for a in arrays], arrays[0].dtype, self.group.size())
-        self.home = home_for(self.layout, self.group, precision.whole, given_back=given_back)
+        self.offload = offload  # whether what this rank keeps is in files
+        self.home = home_for(
+            self.layout, self.group, precision.whole, given_back=given_back, offload=offload
+        )
         self.state = State.SHARDED
         self.sharded, self.whole, self._faces = [], [], []
         views = self.layout.views(self.home.array)
@@ -273,7 +278,8 @@ class Unit:
 
     def _kept_grads(self) -> Array:
         if self._grads is None:
-            self._grads = np.empty(self._reduced_size, self.layout.dtype)
+            room = mapped if self.offload else np.empty
+            self._grads = room(self._reduced_size, self.layout.dtype)
             views = self.layout.shard_views(self._grads, self.group.rank())
             self._grad_views = [make(view) for view in views]
         return self._grads
