@@ -115,6 +115,7 @@ class FullyShardedDataParallel(Module, JoiningUnits):
         state = make_state([self], mesh, policy, given_back, kept.ids, offload=offload)
         if backward_prefetch is None:
             state.backward_prefetch = []
+        state.prefetches_late = backward_prefetch is BackwardPrefetch.BACKWARD_POST
         self.register_state_dict_post_hook(wrapped_state.keys_without_wrapper)
         self.register_load_state_dict_pre_hook(wrapped_state.keys_with_wrapper)
         self.register_load_state_dict_post_hook(wrapped_state.missing_without_wrapper)

@@ -63,6 +63,7 @@ class Root:
         self._flights: deque[Flight] = deque()
         self._forwards: list[ModuleState] = []  # as their forwards began in this pass
         self._before: list[ModuleState] = []  # and in the one before
+        self._late: list[ModuleState] = []  # to be gathered when gradients are complete
         self.announce: Callable[[], None] | None = None  # what is said before a pass: see joining
         self._steps: list[Step] = []  # of this pass
         self._last: list[Step] = []  # of the last one that had a backward pass
@@ -111,7 +112,9 @@ class Root:
         """Wait for the units of a module whose backward begins, and begin to gather the next."""
         self.record(partial(self.gather_for_backward, state), backward=True)
         at = max((n for n, each in enumerate(self._forwards) if each is state), default=0)
-        self._gather(state, state.backward_prefetch, self._forwards[max(at - 1, 0) : at])
+        before = self._forwards[max(at - 1, 0) : at]
+        self._gather(state, [] if state.prefetches_late else state.backward_prefetch, before)
+        self._late = before if state.prefetches_late else []
         for unit in state.units:
             unit.show_whole()  # modules that compute again may find them there
 
@@ -156,6 +159,9 @@ class Root:
         if not self._settled:
             self._seen.append(unit)
         self._reduce_complete()
+        late, self._late = self._late, []
+        for later in (each for state in late for each in state.units if each.runs_aside):
+            later.begin(async_op=True)
 
     def _start(self) -> None:
         self._running, self._next = True, 0

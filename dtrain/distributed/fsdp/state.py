@@ -41,6 +41,7 @@ class ModuleState:
         self.precision = precision
         self.forward_prefetch: list[ModuleState] | None = None
         self.backward_prefetch: list[ModuleState] | None = None
+        self.prefetches_late = False  # behind this one's backward, not beside it
         self.root: Root | None = None
         self.is_root = False
         self.summoned = False  # whether copies of the user stand in the modules

@@ -4,6 +4,7 @@ are those of DDP, and 1e-5 of one plain process (test_golden.py)."""
 from __future__ import annotations
 
 import functools
+import itertools
 
 import numpy as np
 import pytest
@@ -74,6 +75,39 @@ def test_golden_losses_of_every_strategy(name, ranks, strategy):
 def test_the_same_bits_with_every_prefetch(transport, prefetch):
     run = functools.partial(train, "GPT", backward_prefetch=prefetch)
     assert run_distributed(2, run, transport=transport) == [expected_of("GPT", 2)] * 2
+
+
+def events_of_backward(prefetch):
+    """What rank 0 does in the backward pass of its third step, over messages."""
+    model = wrapped("MLP", backward_prefetch=prefetch)
+    root, seen = model._fsdp_state.make_root(), []
+    batch, rank = training.MODELS["MLP"][1], dist.get_rank()
+    for step in range(3):
+        loss = model(*(t[6 * rank : 6 * rank + 6] for t in batch(step)))
+        if step == 2:
+            for unit in root.units:
+                unit.home.gather = noted(unit.home.gather, seen, f"gather {unit.name}")
+                unit.reduce = noted(unit.reduce, seen, f"reduce {unit.name}")
+        loss.backward()
+    return [event.replace("_fsdp_wrapped_module.", "") for event in seen]
+
+
+def noted(call, seen, what):
+    def noting(*args, **kwargs):
+        seen.append(what)
+        return call(*args, **kwargs)
+
+    return noting
+
+
+@pytest.mark.parametrize("prefetch", [*BackwardPrefetch, None])
+def test_the_next_unit_is_gathered_beside_the_one_before_or_behind_it(prefetch):
+    events, _ = run_distributed(2, events_of_backward, prefetch, transport="zmq")
+    names = [f"layers.{n}.weight" for n in (4, 2, 0)]
+    beside = prefetch is BackwardPrefetch.BACKWARD_PRE
+    for this, following in itertools.pairwise(names):
+        gathered, reduced = events.index(f"gather {following}"), events.index(f"reduce {this}")
+        assert (gathered < reduced) is beside, events
 
 
 def train_low():
