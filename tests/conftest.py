@@ -16,9 +16,13 @@ from dtrain.testing.leaks import check_leaks
 
 @pytest.fixture(scope="session", autouse=True)
 def hears_interrupts() -> None:
-    """A shell starts its background jobs deaf to Ctrl-C, and what they start stays so: not here."""
+    """A shell starts its background jobs deaf to Ctrl-C, and `nohup` to the end of the terminal; what
+    they start stays so: not here.
+    """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
