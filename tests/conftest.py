@@ -16,7 +16,7 @@ from dtrain.testing.leaks import check_leaks
 
 @pytest.fixture(scope="session", autouse=True)
 def hears_interrupts() -> None:
-    """A shell starts its background jobs deaf to Ctrl-C, and `nohup` to the end of the terminal; what
+    """A shell starts background jobs deaf to Ctrl-C, `nohup` to the end of the terminal, and what
     they start stays so: not here.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
