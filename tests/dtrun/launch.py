@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import select
+import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Mapping
@@ -22,8 +24,7 @@ class Launches:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.run_dirs = Path(f"/tmp/dtrun-test-{os.getpid()}")
-        self.run_dirs.mkdir()
+        self.run_dirs = Path(tempfile.mkdtemp(prefix="dtrun-test-", dir="/tmp"))
         self._started: list[subprocess.Popen[str]] = []
 
     def script(self, text: str, name: str = "train.py") -> str:
@@ -52,17 +53,19 @@ class Launches:
         out, err = process.communicate(timeout=DEADLINE)
         return subprocess.CompletedProcess(args, process.returncode, out, err)
 
-    def close(self) -> None:
+    def close(self, seconds: float = 5.0) -> None:
         """Nothing may be left: end what a failed test left, then look at the run directories."""
-        for process in self._started:
-            if process.poll() is None:
-                process.kill()
-                process.wait(DEADLINE)
-            for pipe in (process.stdout, process.stderr):
-                if pipe is not None:
-                    pipe.close()
-        wait_until(lambda: not os.listdir(self.run_dirs))
-        self.run_dirs.rmdir()
+        try:
+            for process in self._started:
+                if process.poll() is None:
+                    process.kill()
+                    process.wait(DEADLINE)
+                for pipe in (process.stdout, process.stderr):
+                    if pipe is not None:
+                        pipe.close()
+            wait_until(lambda: not os.listdir(self.run_dirs), seconds)
+        finally:  # whoever fails here does not spoil the next test
+            shutil.rmtree(self.run_dirs)
 
 
 def read_lines(process: subprocess.Popen, count: int) -> list[str]:
