@@ -8,6 +8,7 @@ is looked at.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import msgpack
@@ -20,6 +21,7 @@ __all__ = [
     "Header",
     "WireError",
     "dumps",
+    "joined",
     "loads",
     "pack",
     "unpack",
@@ -69,6 +71,11 @@ def unpack(frame: bytes) -> tuple[Header, bytes]:
 def dumps(value: Any) -> bytes:
     """`value` (None, bool, int, float, str, bytes, list, dict) as msgpack."""
     return msgpack.packb(value, use_bin_type=True)  # type: ignore[no-any-return]
+
+
+def joined(bodies: Sequence[bytes]) -> bytes:
+    """The list (of at most 65535) whose items are these values, which `dumps` has made bytes of."""
+    return b"\xdc" + len(bodies).to_bytes(2, "big") + b"".join(bodies)
 
 
 def loads(data: Buffer) -> Any:

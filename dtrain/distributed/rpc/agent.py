@@ -60,6 +60,7 @@ class Agent:
         self.pool = Pool(threads, f"rpc {members[rank]}")
         self._line = line
         self.store: Store | None = None  # the one that was opened for this agent, to be closed
+        line.shift.spill = self.pool.submit
         self.references = References(self, rank, self.pool, self._post_books)
         self._world = current_world()
         self.server = Server(
@@ -70,7 +71,7 @@ class Agent:
             self.references,
             pack=lambda to, value: self._packed(to, value, "result"),
             unpack=self._unpacked,
-            reply=lambda to, number, well, packed: self._send(to, [REPLY, number, well], packed),
+            reply=self._reply,
             tape=lambda: self._world.tape,
         )
         self._calls: dict[int, Call] = {}
@@ -136,14 +137,18 @@ class Agent:
         self._calls[number] = Call(future, to, what, nbytes, begun, deadline, patience)
         self.sent += 1
         try:
-            self._send(to, [kind, number, subject], packed)
+            soon = self._room[to].calls > 1  # the first one is waited for while others are made
+            self._send(to, [kind, number, subject], packed, soon=soon)
         except BaseException as error:
             self._end(number, self._in_our_words(to, what, error))
         if to in self._lost or self.failed is not None:
             self._end(number, self.failed or self._loss(to, what))
         return future
 
-    def _send(self, to: int, head: list[Any], packed: Packed) -> None:
+    def _reply(self, to: int, number: int, well: bool, packed: Packed) -> None:
+        self._send(to, [REPLY, number, well], packed, soon=self._line.shift.goes_on())
+
+    def _send(self, to: int, head: list[Any], packed: Packed, *, soon: bool) -> None:
         body, arrays, references = packed
         self.references.give(references, to)
         given = [list(reference.name) for reference in references]
@@ -151,7 +156,7 @@ class Agent:
         buffers = [as_buffer(body), *arrays] if beside else arrays
         envelope = [*head, given, None if beside else body]
         if to != self.rank:
-            self._line.send(to, envelope, buffers, steady=head[0] != REPLY)
+            self._line.send(to, envelope, buffers, steady=head[0] != REPLY, soon=soon)
             return
         copies = [buffer.copy() for buffer in buffers]
         self._note_references(to, envelope)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -25,9 +24,10 @@ import numpy as np
 from dtrain.comm.transports.base import Transport
 from dtrain.comm.transports.mailbox import Array, Receive
 from dtrain.comm.transports.window import NOWHERE
+from dtrain.distributed.rpc.outgoing import Outgoing
 from dtrain.distributed.rpc.shift import Shift
 from dtrain.errors import DistNetworkError, PeerLost, TransportTimeout
-from dtrain.wire import WireError, dumps, loads
+from dtrain.wire import WireError, loads
 
 __all__ = ["Line"]
 
@@ -50,9 +50,7 @@ class Line:
     def __init__(self, transport: Transport, name: str) -> None:
         self._transport = transport
         self._tags = itertools.count(1)
-        # A message gets its number and is sent in one step.
-        self._order: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)
-        self._sent: defaultdict[int, int] = defaultdict(int)
+        self._out = Outgoing(transport.tell)
         self._heard: defaultdict[int, int] = defaultdict(int)
         self._waiting: list[_Waiting] = []
         self._looked = False
@@ -61,6 +59,7 @@ class Line:
         self.on_message: Callable[[int, list[Any], list[Any]], None]
         self.chores: Callable[[], None]
         self.on_failure: Callable[[BaseException], None]
+        self.shift.flush = self._out.flush
         transport.on_news = self._take
 
     def start(self) -> None:
@@ -73,9 +72,16 @@ class Line:
         return self._transport.mailbox.lost
 
     def send(
-        self, to: int, envelope: Sequence[Any], buffers: Sequence[Array] = (), *, steady: bool
+        self,
+        to: int,
+        envelope: Sequence[Any],
+        buffers: Sequence[Array] = (),
+        *,
+        steady: bool,
+        soon: bool = False,
     ) -> None:
         """Send to another worker. `steady`: buffers will not change before they have arrived.
+        `soon`: it may wait for others, a millisecond or two.
 
         Raises `PeerLost` if it is known to be gone.
         """
@@ -86,48 +92,56 @@ class Line:
             places.append([tag, buffer.nbytes, place])
             if place == NOWHERE:
                 rest.append((tag, buffer if steady else buffer.copy()))
-        with self._order[to]:
-            self._sent[to] += 1
-            self._transport.tell(to, dumps([self._sent[to], *envelope, places]))
+        self._out.put(to, [*envelope, places], soon=soon and not places)
         for tag, buffer in rest:
             self._transport.send(to, tag, buffer)
 
     def check(self, worker: int) -> None:
         """Find out whether messages are missing on either side."""
-        self._say(worker, _ASK)
-
-    def _say(self, worker: int, what: int, *about: Any) -> None:
-        with self._order[worker], contextlib.suppress(PeerLost):  # then it is known
-            self._transport.tell(worker, dumps([what, self._sent[worker], *about]))
+        self._out.say(worker, _ASK)
 
     def _take(self, sender: int, body: bytes) -> None:
+        """Hear one message, or several that came together."""
         try:
-            number, *envelope = loads(body)
+            found = loads(body)
+        except WireError as error:
+            self._give_up(sender, error)
+            return
+        together = isinstance(found, list) and bool(found) and isinstance(found[0], list)
+        for message in found if together else [found]:
+            item = self._take_one(sender, message)
+            if item is None:
+                continue
+            if all(receive.done for receive in item[2]):
+                self._hand_on(item)
+            else:
+                self._waiting.append(item)
+
+    def _take_one(self, sender: int, message: Any) -> _Waiting | None:
+        """What is to be handed on when its buffers are there, if it is anything."""
+        try:
+            number, *envelope = message
             if number == _LOST:
                 self._transport.mailbox.lose(sender, PeerLost(sender, how=str(envelope[1])))
-                return
+                return None
             self._count(sender, envelope[0] if number < 0 else number - 1)
             if number == _ASK:
-                self._say(sender, _TELL)
+                self._out.say(sender, _TELL)
             if number < 0 or number <= self._heard[sender]:
-                return
+                return None
             self._heard[sender] = number
             places = envelope.pop()
             self.on_envelope(sender, envelope)
-            posted = [self._post(sender, *place) for place in places]
+            return sender, envelope, [self._post(sender, *place) for place in places]
         except PeerLost:  # it died after the envelope
-            return
+            return None
         except (WireError, ValueError, TypeError) as error:
             self._give_up(sender, error)
-            return
-        if all(receive.done for receive in posted):
-            self._hand_on((sender, envelope, posted))
-        else:
-            self._waiting.append((sender, envelope, posted))
+            return None
 
     def _give_up(self, sender: int, error: Exception) -> None:
         _log.warning("worker %d is lost: what it sent is not what was expected: %s", sender, error)
-        self._say(sender, _LOST, f"it gave this worker up, of which it has heard: {error}")
+        self._out.say(sender, _LOST, f"it gave this worker up, of which it has heard: {error}")
         loss = PeerLost(sender, how=f"what it sent is not what was expected: {error}")
         self._transport.mailbox.lose(sender, loss)
 
@@ -158,11 +172,15 @@ class Line:
 
     def _move(self, until: Callable[[], bool], deadline: float) -> None:
         def done() -> bool:
+            self._out.flush()
             if self._waiting:
                 self._deliver()
             return until()
 
-        self._transport.wait_until(done, deadline)
+        moved = False
+        while not moved:
+            look = self._out.promise(deadline)
+            moved = self._transport.wait_until(done, look) or look >= deadline
 
     def _do_chores(self) -> None:
         if not self._looked:  # connected to everybody, so that deaths are noticed
@@ -182,6 +200,7 @@ class Line:
     def close(self) -> None:
         """Say goodbye to everybody; what was sent still arrives."""
         self.shift.stop()
+        self._out.flush()
         if not self._transport.closed:
             self._transport.mailbox.touch()
             self._transport._wake()

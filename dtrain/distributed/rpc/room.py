@@ -19,23 +19,24 @@ class Room:
 
     def __init__(self) -> None:
         self._changed = threading.Condition(threading.Lock())
-        self._calls = self._bytes = 0
+        self.calls = 0  # without an answer
+        self._bytes = 0
 
     def _is_open(self) -> bool:
-        return self._calls < CALLS and self._bytes < BYTES
+        return self.calls < CALLS and self._bytes < BYTES
 
     def enter(self, nbytes: int, timeout: float | None) -> bool:
         """Take room for a call of so many bytes; False if there was none for `timeout` seconds."""
         with self._changed:
             if not self._is_open() and not self._changed.wait_for(self._is_open, timeout):
                 return False
-            self._calls += 1
+            self.calls += 1
             self._bytes += nbytes
             return True
 
     def leave(self, nbytes: int) -> None:
         """Give it back."""
         with self._changed:
-            self._calls -= 1
+            self.calls -= 1
             self._bytes -= nbytes
             self._changed.notify_all()

@@ -85,10 +85,8 @@ class Server:
                 " before its owner knew of it"
             )
             self._begin(partial(self._answer, request, None, gone), brief=True)
-        elif cell.done():
-            self._begin(partial(self._answer_with, request, None, cell), brief=True)
-        else:
-            cell.add_done_callback(partial(self._answer_with, request, None))
+        elif not self._shift.take_on(partial(self._answer_when_done, request, cell)):
+            cell.add_done_callback(partial(self._answer_with, request, None))  # in the pool
 
     def cancel(self, request: Request) -> None:
         """Nobody waits for `request` any more."""
@@ -127,6 +125,13 @@ class Server:
         if tape is not None:
             about = {"worker": self._names[request[0]], "queued": begun - came}
             tape.add(what, "rpc", "rpc served", begun, ended, **about)
+
+    def _answer_when_done(self, request: Request, cell: Future[Any]) -> None:
+        """At once if the call that makes the value came just before and has been run."""
+        if cell.done():
+            self._answer_with(request, None, cell)
+        else:
+            cell.add_done_callback(partial(self._answer_with, request, None))
 
     def _answer_with(self, request: Request, name: Name | None, done: Future[Any]) -> None:
         error = done.exception()

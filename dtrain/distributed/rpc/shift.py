@@ -4,7 +4,8 @@ Owns: `Shift`. A hop from one Python thread to another costs about as much as a 
 processes, so that a caller reads its own answer and an attendant runs a short function itself.
 Rules: 1. who holds the baton moves messages, nobody else does. 2. A line may be unattended only
 while an attendant ticks: it takes the baton over when nobody has had it for a tick. 3. An attendant
-runs a function only while the other one stands by. 4. Nothing ticks on an idle line.
+runs functions only while the other one stands by, which spills to the pool what has to wait behind
+one that is not short after all. 4. Nothing ticks on an idle line.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ _TICK = 0.001
 # After so many ticks without work an attendant sleeps until it is roused.
 _TICKS = 20
 
+# How many short functions an attendant takes on at a time.
+_TASKS = 32
+
 # How often chores are done.
 _LOOK = 0.05
 
@@ -50,6 +54,11 @@ class Shift:
         self._turns = 0  # how often the baton was taken
         self._next_chores = 0.0
         self._tasks: deque[Callable[[], None]] = deque()
+        self._begun = 0  # how many of them have been begun
+        self._runner: int | None = None  # the ident of the attendant that runs them
+        # `flush()`: write what waits to be written; `spill(task)`: run it in another thread.
+        self.flush: Callable[[], None] = lambda: None
+        self.spill: Callable[[Callable[[], None]], None] = lambda task: task()
         self._aside = False
         self._bells: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._ready = [False, False]  # who of the attendants stands by
@@ -76,6 +85,7 @@ class Shift:
 
     def lend_a_hand(self, done: Callable[[], bool], deadline: float) -> None:
         """Move messages until `done()`, unless somebody does so already or the shift is over."""
+        self.flush()
         if self.stopped or not self._baton.acquire(blocking=False):
             return
         self._turns += 1
@@ -99,10 +109,16 @@ class Shift:
 
     def take_on(self, task: Callable[[], None]) -> bool:
         """Run `task`, which is short and does not raise, next in this thread; False: it cannot."""
-        if threading.get_ident() != self._attending or not any(self._ready) or self._tasks:
+        if threading.get_ident() != self._attending or not any(self._ready):
+            return False
+        if len(self._tasks) >= _TASKS:
             return False
         self._tasks.append(task)
         return True
+
+    def goes_on(self) -> bool:
+        """Whether this thread is an attendant that will run another task after this one."""
+        return threading.get_ident() == self._runner and bool(self._tasks)
 
     # ---- attendants
 
@@ -120,6 +136,7 @@ class Shift:
     def _serve(self) -> None:
         """Move messages, with the baton; what is short is run without it, while the other ticks."""
         held = True
+        self._spill()
         try:
             while held and not self.stopped:
                 self._turns += 1
@@ -129,13 +146,32 @@ class Shift:
                 aside = self._aside
                 if self._tasks:  # first: whom one steps aside for may wait for just that
                     self._let_go()
-                    self._tasks.popleft()()
+                    self._run_tasks()
                     held = not aside and self._baton.acquire(blocking=False)
                 elif aside:
                     return
         finally:
             if held:
                 self._let_go()
+
+    def _run_tasks(self) -> None:
+        self._runner = threading.get_ident()
+        while (task := self._next_task()) is not None:
+            self._begun += 1
+            task()
+        self._runner = None
+        self.flush()
+
+    def _spill(self) -> None:
+        """Let others run the tasks that wait behind one which takes long."""
+        while (task := self._next_task()) is not None:
+            self.spill(task)
+
+    def _next_task(self) -> Callable[[], None] | None:
+        try:
+            return self._tasks.popleft()
+        except IndexError:  # the other attendant was quicker
+            return None
 
     def _is_interrupted(self) -> bool:
         return bool(self._tasks) or self._aside or self.stopped
@@ -156,13 +192,16 @@ class Shift:
         """Return when nobody has had the baton for a tick."""
         self._ready[me], ticks = True, 0
         while not self.stopped:
-            turns = self._turns
+            turns, begun = self._turns, self._begun
             # Noted before one looks: whoever lets go of the baton looks after that.
             self._asleep[me] = ticks > _TICKS
             self._asleep[me] = self._asleep[me] and self._baton.locked()
             if self._rung(None if self._asleep[me] else _TICK):
                 ticks = 0
-            elif turns == self._turns and not self._baton.locked():
+                continue
+            if begun == self._begun:
+                self._spill()
+            if turns == self._turns and not self._baton.locked():
                 break
             else:
                 ticks = ticks + 1 if turns == self._turns else 0

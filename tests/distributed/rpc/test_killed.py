@@ -17,8 +17,7 @@ from dtrain.distributed.rpc import agent as agents, line
 from dtrain.errors import PeerLost
 from dtrain.testing.distributed import joined
 from dtrain.testing.world import run_ranks
-from dtrain.wire import loads
-from tests.distributed.rpc.worlds import add, echo
+from tests.distributed.rpc.worlds import add, echo, messages
 
 KINDS = [agents.CALL, agents.FETCH, agents.REPLY, agents.CANCEL, agents.BOOKS, agents.DRAIN]
 LIVES = 1 + len(KINDS)
@@ -29,8 +28,7 @@ def die_at(kind):
     take, tell = line.Line._take, UnixTransport._tell
 
     def met(body):
-        number, *envelope = loads(body)
-        if number > 0 and envelope[0] == kind:
+        if any(number > 0 and about[0] == kind for number, *about in messages(body)):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def taking(self, sender, body):

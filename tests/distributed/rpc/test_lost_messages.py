@@ -18,8 +18,8 @@ from dtrain.distributed.rpc import agent as agents
 from dtrain.distributed.rpc.server import Server
 from dtrain.errors import DistNetworkError, PeerLost
 from dtrain.testing.distributed import run_distributed
-from dtrain.wire import loads
-from tests.distributed.rpc.worlds import add, echo
+from dtrain.wire import dumps
+from tests.distributed.rpc.worlds import add, echo, messages
 
 KINDS = {
     "call": agents.CALL,
@@ -37,7 +37,11 @@ class Faulty(LocalTransport):
     kind = fault = None
 
     def _tell(self, dst, body):
-        number, *envelope = loads(body)
+        for message in messages(body):
+            self._tell_one(dst, message)
+
+    def _tell_one(self, dst, message):
+        (number, *envelope), body = message, dumps(message)
         if number < 0 or envelope[0] != self.kind or self.fault is None:
             super()._tell(dst, body)
             return

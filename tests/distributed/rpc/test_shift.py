@@ -83,6 +83,41 @@ def test_a_short_task_that_blocks_holds_nobody_up():
         assert taken == [True]
 
 
+def test_what_waits_behind_a_task_that_is_long_is_spilled():
+    with line() as a:
+        began, after, end, flushed = (threading.Event() for _ in range(4))
+        a.shift.spill = lambda task: threading.Thread(target=task).start()
+        a.shift.flush = flushed.set
+
+        def long():
+            began.set()
+            done(end)
+
+        def begin():
+            if not a.shift.take_on(long):  # nobody stands by yet
+                a.messages.put(begin)
+            else:
+                assert a.shift.take_on(after.set)
+
+        a.messages.put(begin)
+        done(began)
+        done(after)  # though the one before it has not ended
+        end.set()
+        done(flushed)
+
+
+def test_an_attendant_knows_whether_it_goes_on():
+    shift = Line().shift  # which is not started: this thread is the attendant
+    shift._attending, shift._ready = threading.get_ident(), [False, True]
+    said = []
+    for _ in range(3):
+        assert shift.take_on(lambda: said.append(shift.goes_on()))
+    shift.flush = lambda: said.append("flush")
+    shift._run_tasks()
+    assert said == [True, True, False, "flush"]
+    assert not shift.goes_on()
+
+
 def test_who_waits_moves_messages_when_an_attendant_stands_aside():
     with line() as a:
         for _ in range(50):

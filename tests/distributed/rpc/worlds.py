@@ -7,6 +7,7 @@ import threading
 import dtrain as torch
 from dtrain.distributed import rpc
 from dtrain.testing.distributed import run_distributed
+from dtrain.wire import loads
 
 
 def world(size, main, *args, over=None, threads=4, **options):
@@ -27,6 +28,12 @@ def served(main, over, threads, options, *args):
     result = main(*args) if rank == 0 else None
     rpc.shutdown(timeout=20)
     return result
+
+
+def messages(body):
+    """The messages that came together."""
+    found = loads(body)
+    return found if isinstance(found[0], list) else [found]
 
 
 def add(a, b):
