@@ -132,3 +132,40 @@ def test_ddp_comm_hooks():
         assert 0 < int(sent) - int(computed) < 200, name
         if name in ("allreduce", "fp16", "bf16", "8 bits", "8 bits per 512"):
             assert float(loss) == pytest.approx(exact, abs=0.02)
+
+
+def test_rpc_parameter_server():
+    """It learns; two trainers, whoever is first, do what one does, and the same bits each time."""
+    script, options = EXAMPLES / "rpc_parameter_server.py", ["--epochs", 4]
+    runs = [dtrun(ranks, script, *options) for ranks in (3, 3, 2)]
+    assert [ended.code for ended in runs] == [0, 0, 0], runs[0].err
+    two, again, one = (
+        re.findall(r"loss (\d\.\d+)  accuracy (\d\.\d+)", ended.out) for ended in runs
+    )
+    assert two == again
+    assert [float(loss) for loss, _ in two] == pytest.approx([float(n) for n, _ in one], abs=1e-3)
+    assert float(two[-1][1]) > 0.92
+    assert not any("still held" in ended.err for ended in runs)
+
+
+def test_rpc_pipeline():
+    """The losses of two stages are those of one, and fall; at the end nobody holds anything."""
+    script = EXAMPLES / "rpc_pipeline.py"
+    runs = [dtrun(n, script, "--data", script, "--steps", 30) for n in (2, 3)]
+    assert [ended.code for ended in runs] == [0, 0], runs[0].err + runs[1].err
+    one, two = ([float(n) for n in re.findall(r"loss (\d\.\d+)", ended.out)] for ended in runs)
+    assert len(one) == 3
+    assert two == pytest.approx(one, abs=2e-3)
+    assert two[-1] < two[0] - 0.5
+    assert "29 parameters in 2 stages" in runs[1].out
+    assert not any("still held" in ended.err for ended in runs)
+
+
+def test_rpc_actor_learner():
+    """Random actions keep a pole up for some 22 steps of 200; what was learned, above 150."""
+    ended = dtrun(3, EXAMPLES / "rpc_actor_learner.py")
+    assert ended.code == 0, ended.err
+    rewards = [float(reward) for reward in re.findall(r"reward +(\d+\.\d)", ended.out)]
+    assert rewards[0] < 40
+    assert rewards[-1] > 150
+    assert "still held" not in ended.err

@@ -317,8 +317,8 @@ class Agent:
     # ---- the end
 
     def idle(self) -> bool:
-        """Whether this worker waits for nobody and runs nothing."""
-        return not self._calls and not self.server.under_way
+        """Whether this worker waits for nobody, runs nothing and has let go of what was dropped."""
+        return not self._calls and not self.server.under_way and self.references.settled()
 
     def owes(self) -> list[str]:
         """What this worker waits for or still runs, in words."""
@@ -329,9 +329,11 @@ class Agent:
         return waits + [f"runs {what} for {self.names[s]!r}" for (s, _), what in under_way]
 
     def tell_drain(self, turn: int) -> list[int]:
-        """Tell all others how much this worker has sent and served."""
-        self.references.collect()  # what was dropped is in the books before the counts are heard
-        counts, self._draining = [self.sent, self.server.served], True
+        """Tell all others how much this worker has sent and served, and told of references.
+
+        While a value that is let go of drops references to others, the last of these goes on.
+        """
+        counts, self._draining = [self.sent, self.server.served, self.references.told], True
         for worker in self.names.ranks():
             if worker != self.rank and worker not in self._lost:
                 self._post(worker, [DRAIN, turn, counts, [], b""])

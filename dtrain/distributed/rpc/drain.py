@@ -1,8 +1,8 @@
 """The end of a world of workers: everybody waits until nobody owes anybody anything.
 
-Rules: 1. in rounds, each worker tells all others how many requests it has sent and served; when two
-rounds are alike and the sums are equal, no request is under way. 2. Who is dead owes nothing. 3.
-After the deadline it says who owes what.
+Rules: 1. in rounds, each worker tells all others how many requests it has sent and served, and what
+it has told of references; when two rounds are alike and the sums of requests are equal, nothing is
+under way. 2. Who is dead owes nothing. 3. After the deadline it says who owes what.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["drain"]
 
 
 def drain(agent: Agent, deadline: float) -> None:
-    """Rounds of telling each other [sent, served], until nothing moved between two of them."""
+    """Rounds of telling each other [sent, served, told], until nothing moved between two."""
     before = None
     for turn in itertools.count():
         _wait(agent, agent.idle, deadline, partial(_owed, agent))

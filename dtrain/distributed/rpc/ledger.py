@@ -10,15 +10,19 @@ whatever it held, and is no reason to keep anything pinned.
 
 The messages: ADD (receiver to owner: "I have this from `giver`"), FREE (owner to giver: "`receiver`
 is in the books, let go of your pin"), DROP (holder to owner: "here are my credits back"). Passing
-on costs two messages, giving and handing back by the owner one, at the end.
+on costs two messages, giving and handing back by the owner one, at the end. Who makes a reference
+to a value of another may pass it on before the owner has heard of it: an ADD that comes too early
+is written down, and ASK (owner to creator) with TOLD (back) says whether the name is still to come,
+since TOLD comes behind all that the creator has said of it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-ADD, FREE, DROP = "add", "free", "drop"
+ADD, FREE, DROP, ASK, TOLD = "add", "free", "drop", "ask", "told"
 
 
 class Name(NamedTuple):
@@ -43,11 +47,13 @@ class Ledger:
         # What was passed on, and to whom, of whom the owner does not know yet.
         self.pins: dict[Name, Counter[int]] = {}
         self.touched: set[Name] = set()  # as the owner: what may have become nobody's
+        self.early: set[Name] = set()  # as the owner: held already, and not yet created
         self.lost: set[int] = set()
 
     def create(self, name: Name, holder: int) -> None:
         """As the owner: `holder` (perhaps this worker itself) begins to hold `name`."""
         credits = self.credits.setdefault(name, Counter())
+        self.early.discard(name)
         self.touched.add(name)  # its holder may be dead
         if holder == self.rank:
             self.local.add(name)
@@ -59,7 +65,8 @@ class Ledger:
         if receiver in (self.rank, name.owner) or receiver in self.lost:
             return
         if name.owner == self.rank:
-            self.credits.setdefault(name, Counter())[receiver] += 1
+            if name in self.credits:  # else: its value is gone, and nobody is counted
+                self.credits[name][receiver] += 1
         else:
             self.pins.setdefault(name, Counter())[receiver] += 1
 
@@ -86,21 +93,39 @@ class Ledger:
 
     def hear(self, sender: int, kind: str, name: Name, number: int) -> list[Letter]:
         """A message of another worker's ledger. ValueError for one that makes no sense here."""
-        if kind == ADD and name in self.credits:
-            if sender not in self.lost:
-                self.credits[name][sender] += 1
-            return [] if number in self.lost else [(number, [FREE, list(name), sender])]
-        if kind == ADD:  # it died with the giver
-            return []
+        if kind == ADD:
+            return self._add(sender, name, number)
         if kind == DROP:
             credits = self.credits.get(name, Counter())
             credits[sender] -= number
             self.touched.add(name)
-            return []
-        if kind != FREE:
+        elif kind == FREE:
+            self._unpin(name, number, 1)
+        elif kind == ASK:
+            return [] if sender in self.lost else [(sender, [TOLD, list(name), 0])]
+        elif kind == TOLD:
+            self._forget_early([name])
+        else:
             raise ValueError(f"unknown message {kind!r} about a reference")
-        self._unpin(name, number, 1)
         return []
+
+    def _add(self, holder: int, name: Name, giver: int) -> list[Letter]:
+        letters: list[Letter] = []
+        if giver not in self.lost:
+            letters.append((giver, [FREE, list(name), holder]))
+        if name not in self.credits and name.creator not in (self.rank, *self.lost):
+            self.early.add(name)
+            self.credits[name] = Counter()
+            letters.append((name.creator, [ASK, list(name), 0]))
+        if name in self.credits and holder not in self.lost:  # else: it died with a giver
+            self.credits[name][holder] += 1
+        return letters
+
+    def _forget_early(self, names: Iterable[Name]) -> None:
+        """What has not been created by now never will be: it is gone already, or its creator is."""
+        for name in self.early.intersection(names):
+            self.early.discard(name)
+            self.credits.pop(name, None)
 
     def _unpin(self, name: Name, receiver: int, by: int | None = None) -> None:
         """Let go of one pin, or all; of none if `receiver` has died since."""
@@ -118,6 +143,7 @@ class Ledger:
         self.lost.add(worker)
         for credits in self.credits.values():
             credits.pop(worker, None)
+        self._forget_early([name for name in self.early if name.creator == worker])
         self.touched.update(self.credits)
         for name in list(self.pins):
             self._unpin(name, worker)
@@ -132,7 +158,8 @@ class Ledger:
 
     def dead(self, name: Name) -> bool:
         """As the owner: whether nobody holds `name` any more."""
-        return name not in self.local and not any(self.credits[name].values())
+        held = name in self.local or name in self.early or any(self.credits[name].values())
+        return not held
 
     def sweep(self) -> list[Name]:
         """As the owner: forget, and return, what nobody holds any more."""

@@ -12,6 +12,7 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -20,6 +21,7 @@ from dtrain.distributed.rpc.calls import RpcFuture
 from dtrain.distributed.rpc.ledger import Ledger, Letter, Name
 from dtrain.distributed.rpc.pool import Pool
 from dtrain.distributed.rpc.rref import RRef
+from dtrain.errors import DistError
 
 __all__ = ["References"]
 
@@ -38,6 +40,9 @@ class References:
         self._pinned: dict[Name, RRef] = {}
         self._dropped: deque[tuple[Name, int]] = deque()
         self._sites: dict[Name, str] = {}  # where those that live here were made
+        self.told = 0  # letters to others
+        self._freeing = 0  # how many tasks of the pool let go of values just now
+        self._awaited: set[Name] = set()  # live here once their creator's call has come
 
     def new_name(self, owner: int) -> Name:
         """A name for a value that `owner` has or will have."""
@@ -65,7 +70,8 @@ class References:
         with self._lock:
             self._sites[name] = site
             self._ledger.create(name, holder)
-            self.values[name] = RpcFuture(self._pool)
+            self.values.setdefault(name, RpcFuture(self._pool))  # others may wait for it already
+            self._awaited.discard(name)
 
     def handle(self, name: Name) -> RRef:
         """The handle of `name`, the one there is or a new one."""
@@ -100,18 +106,30 @@ class References:
             self._mail(self._ledger.hear(sender, kind, Name(*name), number))
             if not self._ledger.pinned(Name(*name)):
                 self._pinned.pop(Name(*name), None)
+            self._await_early()
+
+    def _await_early(self) -> None:
+        """Room for values that others hold already; those that will not come are errors."""
+        early = self._ledger.early
+        for name in early - self._awaited:
+            self.values[name] = RpcFuture(self._pool)
+        for name in self._awaited - early:
+            self.values.pop(name).set_exception(gone(name))
+        self._awaited = set(early)
 
     def _mail(self, letters: list[Letter]) -> None:
         for to, letter in letters:
             if to == self.rank:
                 self.hear(self.rank, *letter)
             else:
+                self.told += 1
                 self._post(to, letter)
 
     def lose(self, worker: int) -> None:
         """`worker` is dead: it holds nothing, and nothing is kept for it."""
         with self._lock:
             self._ledger.lose(worker)
+            self._await_early()
             for name in [n for n in self._pinned if not self._ledger.pinned(n)]:
                 del self._pinned[name]
 
@@ -130,8 +148,23 @@ class References:
             for name in self._ledger.sweep():
                 freed.append(self.values.pop(name, None))
                 self._sites.pop(name, None)
+            self._freeing += bool(freed)
         if freed:
-            self._pool.submit(freed.clear)
+            self._pool.submit(partial(self._let_go, freed))
+
+    def _let_go(self, values: list[Any]) -> None:
+        values.clear()
+        with self._lock:
+            self._freeing -= 1
+
+    def settled(self) -> bool:
+        """Whether what was dropped is in the books, with all that it held itself.
+
+        Asked again and again: letting go of one value may drop handles of others.
+        """
+        self.collect()
+        with self._lock:
+            return not self._freeing and not self._dropped
 
     def info(self) -> dict[str, Any]:
         """What lives here, who holds it, and what of others is held here."""
@@ -141,9 +174,17 @@ class References:
             return {
                 "owned": {shown(n): [names[h] for h in self._ledger.holders(n)] for n in owned},
                 "held": {shown(n): names[n.owner] for n in others},
-                "made_at": {shown(n): self._sites[n] for n in owned},
+                "made_at": {shown(n): self._sites.get(n, "?") for n in owned},
                 "pinned": len(self._pinned),
             }
+
+
+def gone(name: Name) -> DistError:
+    """What there is to say of a value that does not live here any more."""
+    return DistError(
+        f"the value of {shown(name)} is gone: the worker that passed on this reference died before "
+        "its owner knew of it"
+    )
 
 
 def shown(name: Name) -> str:

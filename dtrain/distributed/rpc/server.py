@@ -23,10 +23,10 @@ from dtrain.distributed.rpc.ledger import Name
 from dtrain.distributed.rpc.members import Members
 from dtrain.distributed.rpc.payload import Packed
 from dtrain.distributed.rpc.pool import Pool
-from dtrain.distributed.rpc.references import References, shown
+from dtrain.distributed.rpc.references import References, gone, shown
 from dtrain.distributed.rpc.rref import called
 from dtrain.distributed.rpc.shift import Shift
-from dtrain.errors import DistError, PeerLost
+from dtrain.errors import PeerLost
 from dtrain.tape import Tape
 
 __all__ = ["Server"]
@@ -80,11 +80,7 @@ class Server:
         self.under_way[request] = f"to_here of {shown(name)}"
         cell = self._references.values.get(name)
         if cell is None:
-            gone = DistError(
-                f"the value of {shown(name)} is gone: the worker that passed on this reference died"
-                " before its owner knew of it"
-            )
-            self._begin(partial(self._answer, request, None, gone), brief=True)
+            self._begin(partial(self._answer, request, None, gone(name)), brief=True)
         elif not self._shift.take_on(partial(self._answer_when_done, request, cell)):
             cell.add_done_callback(partial(self._answer_with, request, None))  # in the pool
 
