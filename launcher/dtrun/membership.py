@@ -95,6 +95,8 @@ class Meeting:
         """A node said something; what is now to be told to whom."""
         if message["say"] == "join":
             self._joined(node, message, now)
+        elif message["say"] == "gone":
+            self._gone(node, now)
         elif node in self.nodes:
             self.nodes[node].last_heard = now
             if message["say"] != "leave":
@@ -107,8 +109,9 @@ class Meeting:
         elif message["say"] == "leave":
             self._rivals.pop(node, None)
         elif node not in self._rivals:
-            why = f"the head took this node for lost, silent for {self.terms.dead_after:g} s"
-            self._tell(node, say="over", code=TRY_AGAIN, why=f"{why}: start dtrun again here")
+            silent = f"it was silent for {self.terms.dead_after:g} s"
+            why = f"the head took this node for lost: the connection to it broke, or {silent}"
+            self._tell(node, say="over", code=TRY_AGAIN, why=f"{why}. Start dtrun again here")
         return self._take()
 
     def tick(self, now: float) -> Told:
@@ -203,6 +206,18 @@ class Meeting:
             self._finish(message["code"], f"{node}, the head, has left: {why}")
         else:
             self._lose(node, f"{node} has left: {why}", now)
+
+    def _gone(self, name: str, now: float) -> None:
+        """Its connection broke: the process has ended, or its host is out of reach."""
+        self._rivals.pop(name, None)
+        node = self.nodes.get(name)
+        if node is None:
+            return
+        if self.state == OVER:
+            del self.nodes[name]
+        else:
+            self._lose(node, f"{node} is lost: the connection to it broke", now)
+        self._admit_rivals(now)
 
     def _lose(self, node: Node, why: str, now: float) -> None:
         del self.nodes[node.name]

@@ -8,10 +8,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import pytest
+import zmq
 
+from dtrain.comm import security
 from dtrain.comm.store import tcp
 from dtrain.comm.store.base import Store
 from dtrain.comm.store.file import FileStore
+from dtrain.comm.store.last_words import LastWords
 from dtrain.comm.store.memory import MemoryStore
 from dtrain.comm.store.prefix import PrefixStore
 from dtrain.comm.store.tcp import StoreServer, TcpStore
@@ -196,3 +199,29 @@ def test_closed_stores_say_so(tmp_path):
         store.close()
         with pytest.raises(DistStoreError, match="is closed"):
             store.set("key", "value")
+
+
+def test_the_last_word_of_a_client_is_said_when_it_ends_and_no_sooner():
+    with TcpStore("127.0.0.1", 0, is_master=True, timeout=10) as master:
+        clients = {name: master.clone() for name in (b"one", b"two")}
+        for name, client in clients.items():
+            client.leave_last_word("gone", name)
+        for _ in range(20):  # their descriptors are used again and again
+            with master.clone() as other:
+                other.set("k", "v")
+        assert master.queue_len("gone") == 0
+        for name, client in clients.items():
+            client.close()
+            assert master.queue_pop("gone") == name
+            assert master.queue_len("gone") == 0
+
+
+def test_the_last_word_of_a_connection_that_broke_before_is_said_at_once():
+    context = security.context()
+    try:
+        words = LastWords(security.open_socket(context, zmq.ROUTER))
+        words.keep(99, "gone", b"late")
+        assert words.due() == [("gone", b"late")]
+        assert words.due() == []
+    finally:
+        context.destroy(linger=0)

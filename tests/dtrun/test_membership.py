@@ -153,6 +153,33 @@ def test_a_node_that_was_taken_for_lost_is_told_so():
     assert (job.last("c")["say"], job.last("c")["code"]) == ("over", 75)
 
 
+def test_a_node_whose_connection_broke_is_lost_at_once():
+    job = running()
+    job.says("c", "gone", 1.0)
+    assert job.meeting.epoch.lost == ["node 2 (host c) is lost: the connection to it broke"]
+    job.ended("a", failure(consequence=True), now=1.0)
+    job.ended("b", failure(consequence=True), now=1.0)
+    assert (job.last("a")["nnodes"], job.last("a")["restarts"]) == (2, 0)
+    job.says("c", "gone", 1.1)  # whom nobody knows any more
+    assert "c" in job.told
+    assert job.last("c")["say"] == "start"
+
+
+def test_a_connection_that_breaks_after_the_end_or_a_good_bye_changes_nothing():
+    job = running()
+    job.says("c", "leave", why="-", code=143)
+    epoch = job.meeting.epoch
+    job.says("c", "gone")
+    assert job.meeting.epoch is epoch
+    for node in "abab":  # what runs, and then what was started again without c
+        job.ended(node)
+    assert job.meeting.state == OVER
+    for node in "ab":
+        job.says(node, "gone")
+    assert not job.meeting.nodes
+    assert job.last("a")["code"] == 0
+
+
 def test_failures_use_up_restarts_and_the_last_is_the_jobs_code():
     job = running()
     job.ended("b", failure(code=7, rank=3))
@@ -248,6 +275,19 @@ def test_a_killed_node_that_comes_back_at_once_has_its_place_when_the_old_one_is
     assert job.meeting.restarts == 1
 
 
+def test_a_killed_node_need_not_wait_for_its_place_where_its_connection_broke():
+    job = Job(Terms(2, 2, max_restarts=1, static=True))
+    job.join("a", wanted=0, head=True)
+    job.join("x", wanted=1, head=False)
+    job.join("y", now=1.0, wanted=1, head=False)
+    job.join("z", now=1.0, wanted=1, head=False)
+    job.says("y", "gone", 1.0)  # it waited for the place, and is gone itself
+    job.says("x", "gone", 1.0)
+    job.ended("a", now=1.0)
+    assert (job.last("z")["say"], job.last("z")["node_rank"]) == ("start", 1)
+    assert "y" not in job.told
+
+
 def test_who_waits_for_a_place_hears_of_the_end_and_may_go():
     job = Job(Terms(2, 2, static=True))
     job.join("a", wanted=0, head=True)
@@ -279,7 +319,7 @@ def live_through(dice):
     for _ in range(60):
         now += dice.random() * 3
         here = [node for node in job.meeting.nodes if node not in silent]
-        act = dice.choice(("join", "leave", "silence", "fail", "succeed", "nothing"))
+        act = dice.choice(("join", "leave", "silence", "break", "fail", "succeed", "nothing"))
         other = [node for node in here if node != "a"]
         if act == "join":
             job.join(f"n{next(names)}", now)
@@ -287,6 +327,8 @@ def live_through(dice):
             job.says(dice.choice(other), "leave", now, why="-", code=1)
         elif act == "silence" and other:
             silent.add(dice.choice(other))
+        elif act == "break" and other:
+            job.says(dice.choice(other), "gone", now)
         elif act == "fail" and here:
             job.ended(dice.choice(here), failure(), now=now)
         elif act == "succeed" and here:

@@ -32,7 +32,8 @@ while seen.item() == 0:
     dist.all_reduce(seen)
     time.sleep(0.01)
 """
-SOON = "last_call_timeout=0.3,keep_alive_interval=0.2,keep_alive_max_attempt=20"
+# So much silence is patiently borne: a process that ends is noticed by its connection.
+SOON = "last_call_timeout=0.3,keep_alive_interval=0.2,keep_alive_max_attempt=1000"
 
 
 @pytest.fixture
@@ -98,10 +99,8 @@ def test_nodes_come_late_die_and_return(dtrun, node):
     assert read_lines(second, 1) == ["1 of 2 restarts 0"]
     third = node(3, *flags)
     assert read_lines(third, 1) == ["2 of 3 restarts 0"]
-    started = time.monotonic()
     kill_all(third, dtrun)
     assert read_lines(first, 3)[-1] == "0 of 2 restarts 0"
-    assert time.monotonic() - started < 10.0  # silent for 4 s, then a start
     third = node(3, *flags)
     assert read_lines(third, 1) == ["2 of 3 restarts 0"]
     second.send_signal(signal.SIGTERM)  # leaves in order, at once
@@ -111,7 +110,7 @@ def test_nodes_come_late_die_and_return(dtrun, node):
     (dtrun.folder / "stop").touch()
     (code, _, err), (other_code, _, _) = ended(first, third)
     assert (code, other_code) == (0, 0)
-    assert "is lost: silent for 4 s" in err
+    assert "is lost: the connection to it broke" in err
     assert "node 1 " in err
     assert "has left: stopped by SIGTERM" in err
 

@@ -33,6 +33,7 @@ from dtrain.comm.store.base import (
     Timeout,
     timed_out,
 )
+from dtrain.comm.store.last_words import LastWords
 from dtrain.errors import (
     DistError,
     DistNetworkError,
@@ -90,6 +91,7 @@ class StoreServer:
             self._gate = security.Gate(self._context, keys.server)
             self._gate.admit({keys.client.public: "client"})
             self._gate.protect(self._socket)
+            self._last_words = LastWords(self._socket)
             where = endpoint(host, port)
             self.address = security.listen(self._socket, where, listen_fd=listen_fd).address
         except BaseException:
@@ -130,8 +132,8 @@ class StoreServer:
         self.close()
 
     def _serve(self) -> None:
-        gate = self._gate.socket
-        sockets: Any = [(s, zmq.POLLIN) for s in (self._socket, gate, self._stop_read)]
+        gate, events = self._gate.socket, self._last_words.monitor
+        sockets: Any = [(s, zmq.POLLIN) for s in (self._socket, gate, events, self._stop_read)]
         while True:
             ready: list[Any] = [s for s, _ in zmq.zmq_poll(sockets, self._patience())]
             if self._stop_read in ready:
@@ -140,13 +142,19 @@ class StoreServer:
                 self._gate.answer()
             if self._socket in ready and (request := self._take()):
                 client, *frames = request
-                self._handle(client, b"".join(frames))
+                connection = int(frames[-1].get(zmq.SRCFD))
+                self._handle(client.bytes, b"".join(f.bytes for f in frames), connection)
+            if events in ready:
+                self._last_words.read()
+            for key, value in self._last_words.due():
+                self._table.do("queue_push", [key, value])
+                self._retry_parked()
             self._expire()
 
-    def _take(self) -> list[bytes]:
+    def _take(self) -> list[zmq.Frame]:
         """The next request, or nothing: a new connection's credentials alone wake us too."""
         try:
-            return self._socket.recv_multipart(zmq.DONTWAIT)
+            return self._socket.recv_multipart(zmq.DONTWAIT, copy=False)
         except zmq.Again:
             return []
 
@@ -157,7 +165,7 @@ class StoreServer:
         first = min(parked.deadline for parked in self._parked)
         return max(0, math.ceil((first - time.monotonic()) * 1000))
 
-    def _handle(self, client: bytes, frame: bytes) -> None:
+    def _handle(self, client: bytes, frame: bytes, connection: int) -> None:
         number = 0
         try:
             header, body = unpack(frame)
@@ -171,6 +179,11 @@ class StoreServer:
                 joined = self._table.do("join", [key, rank, size, value])
                 self._retry_parked()
                 command, args = "collect", [key, joined, rank]
+            if command == "last_word":
+                key, value = args
+                self._last_words.keep(connection, str(key), bytes(value))
+                self._reply(client, number, _RESULT, True)
+                return
             parked = _Parked(client, number, command, args, timeout, time.monotonic() + timeout)
         except Exception as error:  # whatever a client sends, the server goes on and says what
             self._refuse(client, number, error)
@@ -269,8 +282,9 @@ class TcpStore(Store):
         self._owner = os.getpid()
         self._numbers = itertools.count(1)
         self._idle: list[_Line] = []  # lines that no thread uses
+        self._held: list[_Line] = []  # lines that are there to break when this process ends
         self._closed = False
-        self._lock = threading.Lock()  # guards the two above
+        self._lock = threading.Lock()  # guards the three above
 
     def _call(self, command: str, args: list[Any], timeout: float) -> Any:
         line = self._take_line()
@@ -305,6 +319,23 @@ class TcpStore(Store):
                 self._idle.append(line)
             else:
                 line.close()
+
+    def leave_last_word(self, key: str, value: bytes) -> None:
+        """Have `value` put at the end of the queue `key` when this process ends, or is unreachable.
+
+        The server does it as soon as a connection that is kept for that breaks: at once when the
+        process ends, however it does, and at `close`; after `security.HEARTBEAT` when the network
+        is lost. Waits for the server's answer up to the timeout, as the other calls.
+        """
+        line, kept = self._take_line(), False
+        try:
+            request = ["last_word", [key, value], self._patience]
+            kept = bool(line.ask(next(self._numbers), request, self._patience))
+        finally:
+            if not kept:
+                self._return_line(line, reusable=False)
+        with self._lock:
+            self._held.append(line)
 
     def clone(self) -> TcpStore:
         """One more client; the server stays with this one if it is the master."""
