@@ -5,9 +5,9 @@ sockets of its own. Messages are lines of JSON: the launcher's go to the queue `
 at the job's endpoint, those for this node come from the queue `to/NAME`. On the head the envoy also
 serves that store and runs the `Meeting`. Rules: 1. the store is dtrain's, so that nobody speaks
 here who does not know the job's secret. 2. The envoy ends when its standard input does, however its
-launcher ended, and tells the head; when the envoy is killed too, its connection breaks and the
-store tells the head (`leave_last_word`). 3. A head that is gone is told to the launcher at once: the
-connection breaks, or stays silent for as long as its heartbeats take.
+launcher ended, and tells the head; if it is killed too, its connection breaks, and the store tells
+the head. 3. A head that is gone is told to the launcher at once: the connection breaks, or stays
+silent for as long as its heartbeats take.
 """
 
 from __future__ import annotations

@@ -126,10 +126,10 @@ def test_a_master_that_closes_wakes_its_clients():
 def test_waiting_in_the_server_costs_no_messages(monkeypatch):
     """A parked command is answered by whoever makes it possible: one request, one reply."""
     with TcpStore("127.0.0.1", 0, is_master=True) as store:
-        handled: list[bytes] = []
+        handled: list[tuple[object, ...]] = []
         handle = StoreServer._handle
         monkeypatch.setattr(
-            StoreServer, "_handle", lambda self, c, f: (handled.append(f), handle(self, c, f))
+            StoreServer, "_handle", lambda self, *args: (handled.append(args), handle(self, *args))
         )
         waiting = threading.Thread(target=lambda: store.get("key", 10))
         waiting.start()
@@ -219,7 +219,8 @@ def test_the_last_word_of_a_client_is_said_when_it_ends_and_no_sooner():
 def test_the_last_word_of_a_connection_that_broke_before_is_said_at_once():
     context = security.context()
     try:
-        words = LastWords(security.open_socket(context, zmq.ROUTER))
+        router = security.open_socket(context, zmq.ROUTER)
+        words = LastWords(router)
         words.keep(99, "gone", b"late")
         assert words.due() == [("gone", b"late")]
         assert words.due() == []
