@@ -19,6 +19,7 @@ from dtrain.distributed.fsdp.policies import (
     MixedPrecisionPolicy,
     OffloadPolicy,
 )
+from dtrain.distributed.fsdp.reports import ReportingUnits
 from dtrain.distributed.fsdp.state import ModuleState, state_of
 from dtrain.distributed.fsdp.unit import Unit
 from dtrain.distributed.world import resolve
@@ -117,7 +118,7 @@ def _class_for(cls: type) -> type:
     return _classes[cls]
 
 
-class FSDPModule(JoiningUnits):
+class FSDPModule(JoiningUnits, ReportingUnits):
     """The verbs of a module that `fully_shard` was called on. Source: torch's FSDPModule."""
 
     _fsdp_state: ModuleState

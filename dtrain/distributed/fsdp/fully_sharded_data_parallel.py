@@ -26,6 +26,7 @@ from dtrain.distributed.fsdp.api import (
 from dtrain.distributed.fsdp.joining import JoiningUnits
 from dtrain.distributed.fsdp.making import make_state
 from dtrain.distributed.fsdp.policies import MixedPrecisionPolicy
+from dtrain.distributed.fsdp.reports import ReportingUnits
 from dtrain.distributed.fsdp.state import ModuleState
 from dtrain.distributed.fsdp.strategies import mesh_for, reshard_after_forward
 from dtrain.distributed.fsdp.summoning import summoned
@@ -40,7 +41,7 @@ from dtrain.optim.optimizer import Optimizer
 from dtrain.tensor import Tensor
 
 
-class FullyShardedDataParallel(Module, JoiningUnits):
+class FullyShardedDataParallel(Module, JoiningUnits, ReportingUnits):
     """Divide the parameters of `module`, their gradients and optimizer state among ranks.
 
     process_group, device_mesh   the ranks that share, default all; for hybrid strategies a tuple of

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from dtrain.autograd import engine
 from dtrain.autograd.grad_mode import is_grad_enabled, set_grad_enabled
 from dtrain.comm.collectives import Barrier, Broadcast
 from dtrain.distributed.fsdp.memory import Pool
+from dtrain.distributed.fsdp.meter import Cause, Meter
 from dtrain.distributed.fsdp.unit import Flight, State, Unit
 from dtrain.errors import DistError
 from dtrain.heap import return_freed_memory
@@ -49,8 +51,9 @@ class Root:
         groups = {id(unit.group): unit.group for unit in units}
         self.groups = list(groups.values())
         pools = {key: Pool(group) for key, group in groups.items()}
+        self.meter = Meter()
         for unit in units:
-            unit.pool = pools[id(unit.group)]
+            unit.pool, unit.meter = pools[id(unit.group)], self.meter
             for whole in unit.whole:
                 whole._post_accumulate = {0: _Ready(self, unit)}
         self.order = list(reversed(self.units))
@@ -79,6 +82,7 @@ class Root:
             if engine.is_running():
                 return
             self._abandon()
+        self.meter.begin()
         if self.announce is not None:
             self.announce()
         self._fence()
@@ -91,7 +95,10 @@ class Root:
         stale = [unit for unit in self.units if unit.stale and not unit.home.moves]
         for unit in stale:
             unit.publish()
-        meet(stale)
+        if stale:
+            now = monotonic()
+            meet(stale)
+            self.meter.fenced(now)
 
     # ---- gathering
 
@@ -111,6 +118,7 @@ class Root:
     def gather_for_backward(self, state: ModuleState) -> None:
         """Wait for the units of a module whose backward begins, and begin to gather the next."""
         self.record(partial(self.gather_for_backward, state), backward=True)
+        self.meter.phase = "backward"
         at = max((n for n, each in enumerate(self._forwards) if each is state), default=0)
         before = self._forwards[max(at - 1, 0) : at]
         self._gather(state, [] if state.prefetches_late else state.backward_prefetch, before)
@@ -121,6 +129,7 @@ class Root:
     def _gather(
         self, state: ModuleState, named: list[ModuleState] | None, following: list[ModuleState]
     ) -> None:
+        asked = monotonic()
         try:
             for unit in state.units:
                 unit.begin(async_op=unit.runs_aside)  # queued before what is only wanted later
@@ -129,7 +138,7 @@ class Root:
                     if unit.runs_aside:
                         unit.begin(async_op=True)
             for unit in state.units:
-                unit.finish()
+                unit.finish(asked)
         except DistError as error:
             error.add_note(self._where("gathering", state.units))
             raise
@@ -139,7 +148,7 @@ class Root:
     def ready(self, unit: Unit) -> None:
         """One more gradient of a unit's parameters is complete."""
         if not self._running:
-            self._start()
+            self._start(engine.started_at())
             engine.queue_callback(self._finish)
         if unit.state is not State.WHOLE and not unit.home.stays:
             raise RuntimeError(
@@ -163,7 +172,8 @@ class Root:
         for later in (each for state in late for each in state.units if each.runs_aside):
             later.begin(async_op=True)
 
-    def _start(self) -> None:
+    def _start(self, began: float) -> None:
+        self.meter.backward_began(began)
         self._running, self._next = True, 0
         self._seen = []
         self._pending = {id(unit): sum(p._requires_grad for p in unit.whole) for unit in self.units}
@@ -182,17 +192,17 @@ class Root:
             return
         try:
             while len(self._flights) >= LIMIT:
-                self._land()
+                self._land("limit")
             self._flights.append(unit.reduce(async_op=unit.runs_aside))
             if not unit.runs_aside:
-                self._land()
+                self._land("alone")
         except DistError as error:
             error.add_note(self._where("reducing", [unit]))
             raise
 
-    def _land(self) -> None:
+    def _land(self, cause: Cause) -> None:
         flight = self._flights.popleft()
-        flight.land()
+        flight.land(cause)
         for sharded in flight.unit.sharded:
             for hook in tuple((sharded._post_accumulate or {}).values()):
                 if sharded._grad is not None:
@@ -200,15 +210,17 @@ class Root:
 
     def _finish(self) -> None:
         """The end of a pass: reduce the rest, wait for all, give all back."""
+        self.meter.computed()
         for unit in self.order[self._next :]:
             self._reduce(unit)
         while self._flights:
-            self._land()
+            self._land("end")
         self._running = False
         self._passes += 1
         self._last = self._steps
         for unit in self.units:
             unit.leave()
+        self.meter.end()
 
     # ---- a pass without a batch
 
@@ -226,6 +238,7 @@ class Root:
                 "do in a pass. Give every rank at least one."
             )
         steps = self._last
+        self.meter.begin(shadow=True)
         with set_grad_enabled(backward):
             self._fence()
             for _, step in (each for each in steps if not each[0]):
@@ -234,7 +247,7 @@ class Root:
                 unit.reading, unit.sync = True, reduces  # as on ranks that compute
             if backward:
                 self._again = True
-                self._start()
+                self._start(monotonic())
                 for _, step in (each for each in steps if each[0]):
                     step()
                 self._finish()
@@ -248,7 +261,7 @@ class Root:
         """Forget a pass that an exception cut short."""
         self._running = False
         while self._flights:
-            self._flights.popleft().land()
+            self._flights.popleft().land("end")
         for unit in self.units:
             unit.leave()
             for whole in unit.whole:

@@ -91,10 +91,11 @@ class ModuleState:
 
     def unshard(self, *, async_op: bool = False) -> None:
         """Start to gather, or gather and let the whole parameters stand in the modules."""
-        for unit in self.units:
-            unit.begin(async_op=async_op)
         if not async_op:
             self.wait()
+            return
+        for unit in self.units:
+            unit.begin(async_op=True)
 
     def wait(self) -> None:
         """Wait for what `unshard` began."""
@@ -142,6 +143,8 @@ class ModuleState:
     def _end_forward(self) -> None:
         assert self.root is not None
         self.root.record(self._end_forward)
+        if self.is_root and not self.root.is_in_backward():
+            self.root.meter.forward_ended()
         for unit in self.units:
             unit.show_sharded()
             if self.reshard_after_forward and not self.root.is_in_backward():

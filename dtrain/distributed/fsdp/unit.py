@@ -14,6 +14,7 @@ import enum
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,10 @@ from dtrain.autograd.node import make
 from dtrain.comm.collectives import AllReduce, Barrier
 from dtrain.comm.reduce import ReduceOp, widened
 from dtrain.comm.shards import ReduceShards
-from dtrain.comm.work import Work
 from dtrain.distributed.device_mesh import DeviceMesh
 from dtrain.distributed.fsdp.layout import Layout
 from dtrain.distributed.fsdp.memory import Pool, home_for
+from dtrain.distributed.fsdp.meter import Cause, Issued, Landed, Meter
 from dtrain.distributed.fsdp.offload import mapped
 from dtrain.distributed.fsdp.sharded import facing, sharded_parameter, whole_parameter
 from dtrain.distributed.world import ProcessGroup
@@ -98,6 +99,7 @@ class Unit:
             # Specs of what was a DTensor before are wanted again, the arrays are not.
             self._faces.append(functools.partial(facing, whole, getattr(parameter, "_spec", None)))
         self.pool = Pool(self.group)  # where gradients are made; a root has one for all its units
+        self.meter = Meter()  # told when it is gathered and reduced; a root has one for all, too
         self.where = ""  # the path of the module that it belongs to, in the root
         self.sync = True  # whether the next backward pass reduces
         self.sync_replicas = True  # and whether over the replicas, too
@@ -106,7 +108,7 @@ class Unit:
         self.divide_by: float | None = None  # None: the number of ranks
         self.reading = False  # whether a rank may still read what was written before
         self._published = -1  # the versions of the shards when they were last made known
-        self._gathering: Work | None = None
+        self._gathering: Issued | None = None
         self._gradients: Array | None = None  # room for those of a pass, and flags
         self._homes: list[Any] = []  # views of it
         self._unreduced: Array | None = None  # the same of passes that did not reduce
@@ -167,19 +169,23 @@ class Unit:
             return
         if self.home.moves and (self.stale or not self.home.stays):
             self._published = self.written()
-            self._gathering = self.home.gather(self.group, self.name, async_op)
+            now = monotonic()
+            work = self.home.gather(self.group, self.name, async_op)
+            self._gathering = None if work is None else Issued(work, now, async_op)
         self.state = State.GATHERING
 
-    def finish(self) -> None:
-        """Wait until it is whole."""
+    def finish(self, asked: float | None = None) -> None:
+        """Wait until it is whole. `asked`: when it was asked for, if not now."""
+        asked = monotonic() if asked is None else asked
         self.begin(async_op=False)
-        self._arrive()
+        self._arrive(asked)
         self.state = State.WHOLE
 
-    def _arrive(self) -> None:
+    def _arrive(self, asked: float) -> None:
         gathering, self._gathering = self._gathering, None
         if gathering is not None:
-            gathering.wait()
+            wanted = gathering.wait()
+            self.meter.gathered(self.where, self.home.array.nbytes, gathering, asked, wanted)
 
     def show_whole(self) -> None:
         """Let the whole parameters stand in their modules."""
@@ -208,7 +214,7 @@ class Unit:
         """Give back what other ranks own."""
         if self.state is State.SHARDED:
             return
-        self._arrive()
+        self._arrive(monotonic())
         self.home.release()
         self.state = State.SHARDED
 
@@ -331,16 +337,20 @@ class Flight:
             with np.errstate(over="ignore", invalid="ignore"):
                 np.copyto(self.room, room, casting="same_kind")
             unit.pool.give(room)
-        call = ReduceShards(self.room, self.out, cuts, op, unit.name)
-        self.work = unit.group.issue(call, async_op=async_op)
+        call, now = ReduceShards(self.room, self.out, cuts, op, unit.name), monotonic()
+        self.call = Issued(unit.group.issue(call, async_op=async_op), now, async_op)
 
-    def land(self) -> None:
+    def land(self, cause: Cause) -> None:
         """Wait until the gradients are reduced and let the sharded parameters have them."""
-        unit = self.unit
-        self.work.wait()
+        unit, replicas = self.unit, 0.0
+        wanted = self.call.wait()
         unit.pool.give(self.room)
         unit.reading = False
-        if unit.replicas is None or unit.reduce_replicas(self.out):
+        ready = unit.replicas is None or unit.reduce_replicas(self.out)
+        if unit.replicas is not None:
+            replicas = monotonic()
+        unit.meter.reduced(unit.where, self.room.nbytes, self.call, Landed(cause, wanted, replicas))
+        if ready:
             if unit.divide_by is not None:
                 np.divide(self.out, self.out.dtype.type(unit.divide_by), out=self.out)
             unit.take(self.out)
