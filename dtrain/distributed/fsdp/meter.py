@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Literal, NamedTuple
 
+from dtrain.comm.record import CallRecord
 from dtrain.comm.work import Work
 from dtrain.distributed.world import current_world
 from dtrain.tape import MAIN, Tape
@@ -37,6 +38,11 @@ class Issued(NamedTuple):
         since = monotonic() if self.beside else self.at
         self.work.wait()
         return since
+
+    @property
+    def record(self) -> CallRecord:
+        """When it ran, and for whom it waited; once it is over."""
+        return self.work.what  # type: ignore[return-value]
 
 
 class Landed(NamedTuple):
@@ -129,20 +135,20 @@ class Meter:
 
     def gathered(self, unit: str, nbytes: int, call: Issued, asked: float, wanted: float) -> None:
         """A unit is whole, for which a module `asked` then."""
-        record = call.work.what
+        record = call.record
         self._now.transfers.append(Transfer(
-            unit, "gather", self.phase, nbytes, record.seq, call.at,  # type: ignore[attr-defined]
-            record.begun, record.ended, wanted, call.at < asked, call.beside,  # type: ignore[attr-defined]
-            waits=record.waits or {},  # type: ignore[attr-defined]
+            unit, "gather", self.phase, nbytes, record.seq, call.at,
+            record.begun, record.ended, wanted, call.at < asked, call.beside,
+            waits=record.waits or {},
         ))  # fmt: skip
 
     def reduced(self, unit: str, nbytes: int, call: Issued, landed: Landed) -> None:
         """The gradients of a unit have arrived, over the replicas too."""
-        record = call.work.what
+        record = call.record
         self._now.transfers.append(Transfer(
-            unit, "reduce", "backward", nbytes, record.seq, call.at,  # type: ignore[attr-defined]
-            record.begun, max(record.ended, landed.replicas), landed.wanted, True,  # type: ignore[attr-defined]
-            call.beside, landed.cause, record.waits or {},  # type: ignore[attr-defined]
+            unit, "reduce", "backward", nbytes, record.seq, call.at,
+            record.begun, max(record.ended, landed.replicas), landed.wanted, True,
+            call.beside, landed.cause, record.waits or {},
         ))  # fmt: skip
 
     def backward_began(self, at: float) -> None:
