@@ -175,8 +175,9 @@ def settle(worker, function, expected):
 
 def check(steps):
     model = Model()
-    for worker in range(WORKERS):  # what a program that failed has left there
-        rpc.rpc_sync(f"w{worker}", forget)
+    for function in (forget, living):  # what a program that failed has left there goes
+        for worker in range(WORKERS):
+            rpc.rpc_sync(f"w{worker}", function)
     for step in steps:
         call = model.step(*step)
         if call is None:
@@ -189,6 +190,8 @@ def check(steps):
             assert result == expected, (step, result)
     for number, worker in model.held():
         assert rpc.rpc_sync(f"w{worker}", read, (number,)) == [number, model.bumps[number]]
+    for worker in range(WORKERS):  # what is in cycles goes everywhere, before anybody is asked
+        rpc.rpc_sync(f"w{worker}", living)
     for worker in range(WORKERS):
         settle(worker, living, model.living(worker))
         settle(worker, owned, model.expected(worker))
