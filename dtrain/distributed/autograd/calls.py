@@ -22,6 +22,7 @@ from dtrain.distributed.rpc import current
 from dtrain.distributed.rpc.failures import RpcTimeout
 from dtrain.distributed.rpc.functions import Pending, async_execution, outcome
 from dtrain.distributed.rpc.options import UNSET_RPC_TIMEOUT
+from dtrain.distributed.rpc.requests import arguments
 from dtrain.distributed.rpc.rref import RELAY, RRef
 
 
@@ -66,7 +67,7 @@ class Recorder:
     def _request(self, to: Any, func: Any, args: Any, kwargs: Any) -> tuple[int, Key, Any]:
         """Whom to call, the key of the message, and the arguments of what serves it there."""
         worker, context = self._agent.worker(to), self.context
-        args, kwargs = tuple(args or ()), dict(kwargs or {})
+        args, kwargs = arguments(func, args, kwargs)
         key = Key(self._agent.rank, context.new_number(), 0)
         node, places = send_node([args, kwargs])
         context.note_send(key, node)

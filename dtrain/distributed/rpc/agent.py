@@ -27,10 +27,11 @@ from dtrain.distributed.rpc.failures import RpcTimeout
 from dtrain.distributed.rpc.ledger import Name
 from dtrain.distributed.rpc.line import Line, as_buffer
 from dtrain.distributed.rpc.members import Members
-from dtrain.distributed.rpc.options import UNSET_RPC_TIMEOUT
+from dtrain.distributed.rpc.options import patience as patience_of
 from dtrain.distributed.rpc.payload import Packed, pack, unpack
 from dtrain.distributed.rpc.pool import Pool, waiting
 from dtrain.distributed.rpc.references import References
+from dtrain.distributed.rpc.requests import arguments, in_words
 from dtrain.distributed.rpc.room import Room
 from dtrain.distributed.rpc.rref import RRef, called
 from dtrain.distributed.rpc.server import Server
@@ -69,7 +70,7 @@ class Agent:
             self.pool,
             line.shift,
             self.references,
-            pack=lambda to, value: self._packed(to, value, "result"),
+            pack=self._packed,
             unpack=self._unpacked,
             reply=self._reply,
             tape=lambda: self._world.tape,
@@ -83,7 +84,7 @@ class Agent:
         self.sent = 0
         self.drains: dict[tuple[int, int], list[int]] = {}  # {(round, worker): [sent, served]}
         self.moved = threading.Condition()
-        self._draining, self._next_check = False, 0.0
+        self._draining, self._closed, self._next_check = False, False, 0.0
         line.on_envelope, line.on_message = self._note_references, self._on_message
         line.chores, line.on_failure = self._chores, self._fail
 
@@ -112,11 +113,12 @@ class Agent:
     def _call(
         self, to: int, func: Any, args: Any, kwargs: Any, timeout: float, name: Name | None
     ) -> RpcFuture:
-        if not callable(func):
-            raise TypeError(f"the function to call must be callable, got {type(func).__name__}")
-        parts = [func, tuple(args or ()), dict(kwargs or {})]
-        packed = self._packed(to, parts, "call")
-        what = called(func, parts[1])
+        args, kwargs = arguments(func, args, kwargs)
+        try:
+            packed = self._packed(to, [func, args, kwargs], "call")
+        except TypeError as error:
+            raise in_words(error, func, args) from None
+        what = called(func, args)
         subject = [what, None if name is None else [list(name), call_site()]]
         return self._start(to, CALL, what, timeout, packed, subject)
 
@@ -124,7 +126,12 @@ class Agent:
         self, to: int, kind: int, what: str, timeout: float, packed: Packed, subject: Any
     ) -> RpcFuture:
         """Send a request; the future of its answer."""
-        patience = self.patience if timeout == UNSET_RPC_TIMEOUT else float(timeout)
+        if self._closed:
+            raise RuntimeError(
+                f"RPC has been shut down on worker {self.names[self.rank]!r}: {what} cannot be "
+                f"called on {self.names[to]!r}, and references from before are gone"
+            )
+        patience = patience_of(timeout, self.patience)
         future = RpcFuture(self.pool, None if to == self.rank else self._line.shift)
         begun = time.monotonic()
         deadline = begun + patience if patience > 0 else None
@@ -273,7 +280,7 @@ class Agent:
     def fetch(self, handle: RRef, timeout: float) -> Any:
         """As `RRef.to_here`."""
         if handle.is_owner():
-            patience = self.patience if timeout == UNSET_RPC_TIMEOUT else timeout
+            patience = patience_of(timeout, self.patience)
             try:
                 return self.references.values[handle.name].wait(patience if patience > 0 else None)
             except TimeoutError:
@@ -354,6 +361,7 @@ class Agent:
 
     def close(self) -> None:
         """Leave: calls that wait fail, threads end."""
+        self._closed = True
         self._line.close()
         self._fail(PeerLost(self.rank, where="rpc", orderly=True))
         late = self.pool.close(2.0)

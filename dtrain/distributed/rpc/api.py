@@ -20,6 +20,8 @@ from dtrain.distributed.rpc.options import (
     RpcBackendOptions,
     WorkerInfo,
     check_name,
+    check_place,
+    timeout_of,
 )
 from dtrain.distributed.rpc.rref import RRef
 
@@ -49,9 +51,18 @@ def init_rpc(
     `accept_code` (not in torch): lambdas, closures and objects of any class may be sent to this
     worker, pickled; whoever may send them can run any code here. `backend` is accepted and ignored.
 
-    RuntimeError when called twice, ValueError for a name that is taken or has wrong characters.
+    RuntimeError when called twice; ValueError for a name that is taken or has wrong characters, and
+    for a rank that is not one of `world_size`; TypeError for arguments of wrong types.
     """
     check_name(name)
+    if backend is not None and not isinstance(backend, BackendType):
+        raise TypeError(f"Argument backend must be a member of BackendType, got {backend!r}")
+    if not isinstance(rpc_backend_options, RpcBackendOptions | None):
+        raise TypeError(
+            "Argument rpc_backend_options must be an instance of RpcBackendOptions, got "
+            f"{rpc_backend_options!r}"
+        )
+    check_place(rank, world_size)
     if current.installed() is not None:
         raise RuntimeError("RPC is already initialized: call shutdown() first")
     options = rpc_backend_options or RpcBackendOptions()
@@ -71,9 +82,9 @@ def rpc_sync(
 ) -> Any:
     """Run `func(*args, **kwargs)` on worker `to` (name, rank or WorkerInfo); its result.
 
-    Blocks until it is there, at most `timeout` seconds (0: for ever; default: that of the options,
-    60). Raises what the function raised, with the remote traceback as its cause; `RpcTimeout`;
-    `PeerLost` at once when the worker is gone; TypeError for what cannot be sent.
+    Blocks until it is there, at most `timeout` seconds (or a timedelta; 0: for ever; default: that
+    of the options, 60). Raises what the function raised, with the remote traceback as its cause;
+    `RpcTimeout`; `PeerLost` at once when the worker is gone; TypeError for what cannot be sent.
     """
     return current.caller().rpc_sync(to, func, args, kwargs, timeout)
 
@@ -132,10 +143,10 @@ def shutdown(graceful: bool = True, timeout: float = 0) -> None:
     others are gone); then DistError says who owes what, and this worker has left. References that
     others still hold are reported with a warning.
     """
-    agent = current.agent()
+    agent, patience = current.agent(), timeout_of(timeout)
     try:
         if graceful:
-            drain(agent, time.monotonic() + timeout if timeout > 0 else float("inf"))
+            drain(agent, time.monotonic() + patience if patience else float("inf"))
             info = agent.debug_info()
             for name, who in info["owned"].items():
                 if who:

@@ -26,7 +26,8 @@ def agent() -> Any:
     found = _agents.get(current_world())
     if found is None:
         raise RuntimeError(
-            "RPC has not been initialized. Call torch.distributed.rpc.init_rpc first."
+            "RPC has not been initialized. Call torch.distributed.rpc.init_rpc first. "
+            "(After rpc.shutdown this worker is none any more.)"
         )
     return found
 

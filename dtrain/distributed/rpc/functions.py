@@ -20,6 +20,8 @@ def async_execution(fn: F) -> F:
 
     The thread is free meanwhile. Source: torch.distributed.rpc.functions.async_execution.
     """
+    if not callable(fn) and not isinstance(fn, staticmethod | classmethod):
+        raise TypeError(f"async_execution decorates functions, got {type(fn).__name__}")
     target = fn.__func__ if isinstance(fn, staticmethod | classmethod) else fn
     setattr(target, _MARK, True)
     return fn

@@ -126,7 +126,9 @@ class Members:
             return self._find_name(rank)
         if isinstance(rank, bool) or not isinstance(rank, int):
             raise ValueError(f"Cannot get WorkerInfo from name {to}")
-        self._known(rank)
+        name = self._known(rank)[0]
+        if isinstance(to, WorkerInfo) and to.name != name:
+            raise ValueError(f"Unknown destination worker {to}: rank {rank} is {name!r}")
         return rank
 
     def _find_name(self, name: str) -> int:

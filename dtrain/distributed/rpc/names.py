@@ -21,6 +21,7 @@ T = TypeVar("T")
 # dtrain's own: on tensors and layers, not on files, sockets or processes.
 _DTRAIN = (
     *("dtrain.ops", "dtrain.tensor", "dtrain.methods", "dtrain.nn.modules", "dtrain.optim"),
+    *("dtrain.nn.functional", "dtrain.nn.init"),
     *("dtrain.distributed.autograd.calls", "dtrain.distributed.optim.optimizer"),
     "dtrain.distributed.nn.api.remote_module",
 )

@@ -8,9 +8,19 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import Any, NamedTuple
 
-__all__ = ["BackendType", "RpcBackendOptions", "TensorPipeRpcBackendOptions", "WorkerInfo"]
+import numpy as np
+
+__all__ = [
+    "BackendType",
+    "RpcBackendOptions",
+    "TensorPipeRpcBackendOptions",
+    "WorkerInfo",
+    "patience",
+    "timeout_of",
+]
 
 DEFAULT_RPC_TIMEOUT_SEC = 60.0
 DEFAULT_NUM_WORKER_THREADS = 16
@@ -32,8 +42,26 @@ class BackendType(enum.Enum):
     TENSORPIPE = "TENSORPIPE"
 
 
+def patience(timeout: Any, default: float) -> float:
+    """How many seconds a call may take, 0: for ever; as `timeout` says, or by default."""
+    unset = type(timeout) is float and timeout == UNSET_RPC_TIMEOUT
+    return default if unset else timeout_of(timeout)
+
+
+def timeout_of(timeout: Any) -> float:
+    """`timeout`, a number or a timedelta, in seconds. TypeError, ValueError for anything else."""
+    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float | np.number):
+        raise TypeError(
+            f"timeout must be a number of seconds or a timedelta (0: for ever), got {timeout!r}"
+        )
+    if not seconds >= 0:
+        raise ValueError(f"timeout must be at least 0 seconds (0: for ever), got {timeout!r}")
+    return float(seconds)
+
+
 class RpcBackendOptions:
-    """`rpc_timeout`: of calls that have none (0: none at all).
+    """`rpc_timeout`: of calls that have none (0: none at all), in seconds or a timedelta.
 
     `init_method`: where workers meet.
     """
@@ -41,7 +69,7 @@ class RpcBackendOptions:
     def __init__(
         self, rpc_timeout: float = DEFAULT_RPC_TIMEOUT_SEC, init_method: str = "env://"
     ) -> None:
-        self.rpc_timeout = float(rpc_timeout)
+        self.rpc_timeout = timeout_of(rpc_timeout)
         self.init_method = init_method
         self.num_worker_threads = DEFAULT_NUM_WORKER_THREADS
         self.transport: str | None = None
@@ -87,3 +115,17 @@ def check_name(name: Any) -> str:
             f" got {name!r}"
         )
     return str(name)
+
+
+def check_place(rank: Any, world_size: Any) -> None:
+    """ValueError, TypeError if `rank` (-1: not told) is none of `world_size` (None: not told)."""
+    for name, number in (("rank", rank), ("world_size", world_size)):
+        if isinstance(number, bool) or not isinstance(number, int | None):
+            raise TypeError(f"{name} must be a whole number, got {number!r}")
+    if world_size is not None and world_size < 1:
+        raise ValueError(
+            f"world_size must be at least 1, got {world_size} (None: as the environment says, else "
+            "workers join and leave)"
+        )
+    if rank is None or rank < -1 or (world_size is not None and rank >= world_size):
+        raise ValueError(f"rank must be one of {world_size} workers, 0 for the first, got {rank}")

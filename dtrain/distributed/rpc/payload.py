@@ -19,6 +19,7 @@ import numpy as np
 from dtrain import dtypes
 from dtrain.autograd.node import make
 from dtrain.autograd.value import need_whole
+from dtrain.comm.work import Future
 from dtrain.distributed.codec import (
     MAX_DEPTH,
     READERS,
@@ -42,6 +43,25 @@ _BESIDE = 8 * 1024
 
 Array = np.ndarray[Any, Any]
 Functions = (types.FunctionType, types.BuiltinFunctionType, type)
+
+
+class _RefusedError(TypeError):
+    """What cannot travel, with advice."""
+
+
+def _advice(value: Any) -> str:
+    """What to do about `value`, which cannot travel."""
+    if isinstance(value, types.GeneratorType):
+        return "rpc.stream iterates over it from another worker"
+    if isinstance(value, Future):
+        return "A function that answers later is decorated with rpc.functions.async_execution"
+    code = "pickled, it travels to a worker that called init_rpc(..., accept_code=True)"
+    if isinstance(value, Functions):
+        return f"As code, {code}"
+    here = "Leave it where it is and pass an RRef (remote makes it there)"
+    if hasattr(value, "state_dict"):
+        return f"{here}, or send its state_dict(); {code}"
+    return f"{here}, or make it a dataclass; {code}"
 
 
 class Packed(NamedTuple):
@@ -68,10 +88,11 @@ class _Packer:
         try:
             return self._by_name(value, path) or plain_leaf(value, path)
         except TypeError as error:
+            if isinstance(error, _RefusedError):  # of what is inside of `value`
+                raise
             if not self.code:
-                sentence = f"{error}. (Code travels to workers that said accept_code=True)"
                 where = "" if str(error).startswith(path) else f"{path}: "
-                raise TypeError(f"{where}{sentence}") from None
+                raise _RefusedError(f"{where}{error}. {_advice(value)}") from None
         return extension(CODE, sealed(value, path))
 
     def _beside(self, value: Any, path: str) -> msgpack.ExtType:
@@ -113,7 +134,11 @@ def pack(value: Any, what: str, *, code: bool, reference: type[Any]) -> Packed:
     `reference` is the class of remote references.
     """
     packer = _Packer(code, reference)
-    return Packed(encode(value, packer.leaf, what), packer.arrays, packer.references)
+    try:
+        body = encode(value, packer.leaf, what)
+    except _RefusedError as error:
+        raise TypeError(str(error)) from None
+    return Packed(body, packer.arrays, packer.references)
 
 
 def unpack(body: Any, arrays: Sequence[Any], find: Callable[[Name], Any], *, code: bool) -> Any:

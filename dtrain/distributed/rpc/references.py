@@ -73,6 +73,12 @@ class References:
             self.values.setdefault(name, RpcFuture(self._pool))  # others may wait for it already
             self._awaited.discard(name)
 
+    def cell(self, name: Name) -> RpcFuture:
+        """Where the value called `name` will be, or would be if somebody still held it."""
+        with self._lock:
+            found = self.values.get(name)
+            return RpcFuture(self._pool) if found is None else found
+
     def handle(self, name: Name) -> RRef:
         """The handle of `name`, the one there is or a new one."""
         with self._lock:

@@ -10,7 +10,7 @@ Source: torch.distributed.rpc.RRef.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 from dtrain.distributed.rpc import current
 from dtrain.distributed.rpc.functions import outcome
@@ -112,6 +112,17 @@ class RRef:
             run(*parts)
         else:
             self._agent.rpc_sync(self.name.owner, run, parts, {}, UNSET_RPC_TIMEOUT)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        ways = (
+            ""
+            if name.startswith("_")
+            else (
+                f". Methods of the value: rpc_sync().{name}(...); the value itself: to_here(), or "
+                "local_value() on its owner"
+            )
+        )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{ways}")
 
     def __repr__(self) -> str:
         kind = "OwnerRRef" if self.is_owner() else "UserRRef"

@@ -33,6 +33,9 @@ __all__ = ["Server"]
 
 _log = logging.getLogger("dtrain.rpc")
 
+# Where the result of a call is to be kept, with those who wait for it; None: it is sent back.
+Cell = Future[Any] | None
+
 # Which worker asks, and the number it gave to its request.
 Request = tuple[int, int]
 
@@ -40,7 +43,7 @@ Request = tuple[int, int]
 class Server:
     """Serves the requests that come to worker `rank` among `names`.
 
-    `pack(to, value)`, `unpack(body, buffers)` and `reply(to, number, well, packed)` are the
+    `pack(to, value, what)`, `unpack(body, buffers)` and `reply(to, number, well, packed)` are the
     agent's; `tape()` is where spans are recorded, None while nobody wants them.
     """
 
@@ -52,7 +55,7 @@ class Server:
         shift: Shift,
         references: References,
         *,
-        pack: Callable[[int, Any], Packed],
+        pack: Callable[[int, Any, str], Packed],
         unpack: Callable[[Any, list[Any]], Any],
         reply: Callable[[int, int, bool, Packed], None],
         tape: Callable[[], Tape | None],
@@ -71,7 +74,7 @@ class Server:
         """Run the function in `body`; `held` keeps the references in it until then."""
         what, made_as = subject
         self.under_way[request] = what
-        made = None if made_as is None else Name(*made_as[0])
+        made = None if made_as is None else self._references.cell(Name(*made_as[0]))
         task = partial(self._run, request, made, held, body, buffers, time.monotonic())
         self._begin(task, brief=self.statistics.brief(what))
 
@@ -94,10 +97,10 @@ class Server:
             self._pool.submit(task)
 
     def _run(
-        self, request: Request, name: Name | None, held: Any, body: Any, buffers: Any, came: float
+        self, request: Request, made: Cell, held: Any, body: Any, buffers: Any, came: float
     ) -> None:
         if request in self._cancelled:
-            self._answer(request, name, CancelledError())
+            self._answer(request, made, CancelledError())
             return
         begun = ended = time.monotonic()
         what = "?"
@@ -110,11 +113,11 @@ class Server:
             finally:
                 ended = time.monotonic()
             if isinstance(result, Pending):
-                result.future.add_done_callback(partial(self._answer_with, request, name))
+                result.future.add_done_callback(partial(self._answer_with, request, made))
             else:
-                self._answer(request, name, result)
+                self._answer(request, made, result)
         except BaseException as error:
-            self._answer(request, name, error)
+            self._answer(request, made, error)
         nbytes = len(body or b"") + sum(buffer.nbytes for buffer in buffers)
         self.statistics.add(what, nbytes, begun - came, ended - begun)
         tape = self._tape()
@@ -129,17 +132,15 @@ class Server:
         else:
             cell.add_done_callback(partial(self._answer_with, request, None))
 
-    def _answer_with(self, request: Request, name: Name | None, done: Future[Any]) -> None:
+    def _answer_with(self, request: Request, made: Cell, done: Future[Any]) -> None:
         error = done.exception()
-        self._answer(request, name, done.value() if error is None else error)
+        self._answer(request, made, done.value() if error is None else error)
 
-    def _answer(self, request: Request, name: Name | None, result: Any) -> None:
-        """Send a result (an exception: an error), or keep it where there is a name for it."""
+    def _answer(self, request: Request, made: Cell, result: Any) -> None:
+        """Send a result (an exception: an error), or put it where it is to be kept."""
         well = not isinstance(result, BaseException)
-        if name is not None:
-            cell = self._references.values.get(name)
-            if cell is not None:
-                cell.set_result(result) if well else cell.set_exception(result)
+        if made is not None:
+            made.set_result(result) if well else made.set_exception(result)
             result = None if well else result
         try:
             if request not in self._cancelled:
@@ -155,9 +156,10 @@ class Server:
         sender, number = request
         try:
             value = result if well else failures.tell(result, self._here)
-            self._reply(sender, number, well, self._pack(sender, value))
+            what = f"result of {self.under_way.get(request)}"
+            self._reply(sender, number, well, self._pack(sender, value, what))
         except PeerLost:
             raise
         except BaseException as error:  # the result cannot travel, the error can
             told = failures.tell(error, self._here)
-            self._reply(sender, number, False, self._pack(sender, told))
+            self._reply(sender, number, False, self._pack(sender, told, "error"))

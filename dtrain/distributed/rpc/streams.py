@@ -25,7 +25,8 @@ from dtrain.distributed.rpc.calls import RpcFuture
 from dtrain.distributed.rpc.failures import RpcTimeout
 from dtrain.distributed.rpc.functions import async_execution
 from dtrain.distributed.rpc.names import export
-from dtrain.distributed.rpc.options import UNSET_RPC_TIMEOUT
+from dtrain.distributed.rpc.options import UNSET_RPC_TIMEOUT, patience
+from dtrain.distributed.rpc.requests import arguments
 from dtrain.distributed.rpc.rref import RRef, called
 
 __all__ = ["Stream", "stream"]
@@ -51,13 +52,13 @@ def stream(
     default: that of `init_rpc`) and raises what the generator raised, `RpcTimeout` or `PeerLost`.
     `close` the stream, or drop it, and the generator is closed. Items carry no gradients.
     """
-    if read_ahead < 1:
-        raise ValueError(f"read_ahead must be at least 1, got {read_ahead}")
+    if not isinstance(read_ahead, int) or read_ahead < 1:
+        raise ValueError(f"read_ahead must be at least 1, got {read_ahead!r}")
     agent = current.agent()
-    call = (func, tuple(args or ()), dict(kwargs or {}))
-    handle = agent.remote(to, Producer, call, {}, 0)
-    patience = agent.patience if timeout == UNSET_RPC_TIMEOUT else timeout
-    return Stream(handle, called(func, call[1]), patience, read_ahead)
+    args, kwargs = arguments(func, args, kwargs)
+    seconds = patience(timeout, agent.patience)
+    handle = agent.remote(to, Producer, (func, args, kwargs), {}, 0)
+    return Stream(handle, called(func, args), seconds, read_ahead)
 
 
 class Stream(Iterator[Any]):
