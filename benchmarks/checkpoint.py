@@ -2,12 +2,17 @@
 
     python benchmarks/checkpoint.py                       # 2 ranks, 1 GiB, in a temporary folder
     python benchmarks/checkpoint.py --folder DIR --mib 4096 --ranks 4
+    python benchmarks/checkpoint.py --training            # what async_save costs training steps
 
 "disk" writes and reads one file of the same size per rank, all ranks at once, in pieces of 8 MiB,
 and waits for the disk; files are dropped from the page cache before they are read. MB/s of all
 ranks together, medians over rounds in which disk and checkpoint take turns. "extra" is how much
 the resident memory of the rank that took most grew above what it was before the call, at its peak.
 "async" is how long `async_save` holds the caller.
+
+With --training each rank trains the GPT of `models`, in blocks of `EVERY` steps, every second of
+which begins with an `async_save` of model and optimizer and ends when that is on the disk: one
+thread a rank, so that all cores compute.
 """
 
 from __future__ import annotations
@@ -23,14 +28,18 @@ import time
 from pathlib import Path
 
 import numpy as np
-from beside import command, measured
+from beside import ONE_THREAD, command, measured
+from fsdp import sharded
+from models import build
 
 import dtrain as torch
 import dtrain.distributed as dist
 import dtrain.distributed.checkpoint as dcp
+from dtrain.distributed.checkpoint.state_dict import get_state_dict
 from dtrain.distributed.tensor import DTensor, Shard
 
 PIECE = 8 << 20
+EVERY = 10  # steps from one save to the next
 
 
 def state_of(mib):
@@ -120,6 +129,50 @@ def rank_main(args):
     dist.destroy_process_group()
 
 
+def train(args):
+    """Rank 0 prints medians of blocks with and without a save, and of what the calls held it."""
+    dist.init_process_group("shm")
+    model, x, y = build(torch, "gpt")
+    fsdp = args.kind == "fsdp"
+    wrapped = sharded("dtrain", model) if fsdp else torch.nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    found, held = {"plain": [], "saving": []}, []
+    for number in range(2 * args.rounds + 1):
+        saves = number % 2 == 1
+        dist.barrier()
+        start = time.perf_counter()
+        if saves:
+            parts = get_state_dict(model, optimizer)
+            state = dict(zip(("model", "optimizer"), parts, strict=True))
+            done = dcp.async_save(state, checkpoint_id=Path(args.folder) / f"step-{number}")
+            held.append(time.perf_counter() - start)
+        for _ in range(EVERY):
+            wrapped(x, y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if saves:
+            done.result()
+        if number:
+            found["saving" if saves else "plain"].append(time.perf_counter() - start)
+    if dist.get_rank() == 0:
+        seconds = {name: statistics.median(times) for name, times in found.items()}
+        print(json.dumps({**seconds, "held": statistics.median(held)}), flush=True)
+    dist.destroy_process_group()
+
+
+def print_training(args, folder):
+    print(f"# ms a step, {args.ranks} ranks of 1 thread, a save in each {EVERY}th step\n"
+          "#           plain    saving   longer  the call")  # fmt: skip
+    for kind in ("ddp", "fsdp"):
+        flags = ["--child", "--kind", kind, "--folder", folder, "--rounds", str(args.rounds)]
+        start = command("dtrain", sys.executable, args.ranks)
+        env = {**os.environ, **dict.fromkeys(ONE_THREAD, "1")}
+        found = measured(start, __file__, flags, env)
+        plain, saving = (found[key] / EVERY * 1e3 for key in ("plain", "saving"))
+        print(f"{kind:<8}{plain:>9.1f}{saving:>10.1f}{saving / plain - 1:>9.1%}"
+              f"{found['held'] * 1e3:>10.1f}", flush=True)  # fmt: skip
+
+
 def print_rates(args, found):
     print(f"# {args.mib} MiB, {args.ranks} ranks: MB/s, share of the disk's, MiB of extra memory")
     rates = {name: args.mib * 1.048576 / time for name, time in found["seconds"].items()}
@@ -135,12 +188,17 @@ def main():
     parser.add_argument("--mib", type=int, default=1024)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--training", action="store_true", help="what async_save costs training")
+    parser.add_argument("--kind", choices=["ddp", "fsdp"], help=argparse.SUPPRESS)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        rank_main(args)
+        (train if args.kind else rank_main)(args)
         return
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        if args.training:
+            print_training(args, folder)
+            return
         flags = {"folder": folder, "mib": args.mib, "ranks": args.ranks, "rounds": args.rounds}
         given = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
         start = command("dtrain", sys.executable, args.ranks)
