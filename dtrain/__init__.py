@@ -62,6 +62,10 @@ from dtrain.generator import (
     Generator as Generator,
 )
 from dtrain.heap import keep_freed_memory as _keep_freed_memory, use_huge_pages as _huge_pages
+from dtrain.interop import (
+    get_rng_state as get_rng_state,
+    set_rng_state as set_rng_state,
+)
 from dtrain.legacy import (
     BFloat16Tensor as BFloat16Tensor,
     BoolTensor as BoolTensor,
@@ -333,11 +337,9 @@ from dtrain.printing import (
     set_printoptions as set_printoptions,
 )
 from dtrain.random import (
-    get_rng_state as get_rng_state,
     initial_seed as initial_seed,
     manual_seed as manual_seed,
     seed as seed,
-    set_rng_state as set_rng_state,
 )
 from dtrain.tensor import (
     Size as Size,

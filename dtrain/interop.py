@@ -1,7 +1,8 @@
 """A tensor and the rest of Python: NumPy, numbers, printing, copies, pickles, dtypes and devices.
 
 `Interop` is the base of Tensor that holds these methods; none of them but `to` and its kin is
-followed by autograd. Memory is shared with NumPy where the method says so.
+followed by autograd. Memory is shared with NumPy where the method says so. Beside it the state of
+the default generator, as a tensor.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dtrain import dtypes
+from dtrain import dtypes, random
 from dtrain.autograd.grad_mode import grad_enabled
 from dtrain.autograd.node import make
 from dtrain.autograd.promotion import cast
@@ -219,3 +220,16 @@ def dtype_named(kind: Any) -> dtypes.dtype:
         if dtype.scalar_type == name:
             return dtype
     raise ValueError(f"invalid type: {str(kind)!r}")
+
+
+def get_rng_state() -> Any:
+    """The state of the default generator, a uint8 Tensor of 5056 bytes, as torch lays it out."""
+    return make(random.get_rng_state())
+
+
+def set_rng_state(new_state: Any) -> None:
+    """Go on from a state of `get_rng_state`, here or in PyTorch: a uint8 Tensor, array, or bytes.
+
+    TypeError unless uint8 or bytes; RuntimeError on a wrong size or an impossible state.
+    """
+    random.set_rng_state(array_of(new_state))

@@ -179,3 +179,16 @@ def test_legacy_new_and_random_fillers():
     y = torch.zeros(2, 3).normal_(mean=5, std=0.0)
     assert y.tolist() == [[5, 5, 5], [5, 5, 5]]
     assert (torch.zeros(100).uniform_(2, 3) >= 2).all()
+
+
+def test_the_random_state_is_a_tensor_as_torch_has_it():
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    assert (state.dtype, tuple(state.shape)) == (torch.uint8, (5056,))
+    first = torch.rand(4)
+    torch.set_rng_state(state.cpu())
+    assert torch.equal(torch.rand(4), first)
+    with pytest.raises(TypeError):
+        torch.set_rng_state(state.float())
+    with pytest.raises(RuntimeError):
+        torch.set_rng_state(state[:-1])

@@ -66,9 +66,10 @@ def place_of(name: str) -> tuple[Any, str]:
     return pkgutil.resolve_name(owner), attribute
 
 
-def arm(name: str, mark: Callable[[], Any]) -> None:
-    """From now on this process kills itself in that phase."""
+def arm(name: str, mark: Callable[[], Any], nth: int = 0) -> None:
+    """From now on this process kills itself in that phase, the `nth` time if not the phase's."""
     phase = PHASES[name]
+    nth = nth or phase.nth
     place, attribute = place_of(name)
     function = getattr(place, attribute)
     come_by = 0
@@ -76,7 +77,7 @@ def arm(name: str, mark: Callable[[], Any]) -> None:
     def struck(*args: Any, **options: Any) -> Any:
         nonlocal come_by
         come_by += 1
-        due = come_by >= phase.nth
+        due = come_by >= nth
         if due and not phase.behind:
             strike(mark)
         result = function(*args, **options)
