@@ -28,6 +28,8 @@ from dtrain.autograd.grad_mode import (
 )
 from dtrain.device import (
     device as device,
+    get_default_device as get_default_device,
+    set_default_device as set_default_device,
 )
 from dtrain.dtypes import (
     bfloat16 as bfloat16,

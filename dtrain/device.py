@@ -1,23 +1,27 @@
-"""The device object. dtrain computes on the CPU, so there is one type, "cpu".
+"""The device object, and on which one tensors are made. There are two types: "cpu", where dtrain
+computes, and "meta", where tensors have a shape and a dtype but no values (dtrain/meta.py).
 
 Rule: a device names where an array is, nothing else; any index is the same memory, as in torch,
-but `cpu` and `cpu:0` compare unequal, as in torch.
+but `cpu` and `cpu:0` compare unequal, as in torch. The device on which factories make tensors is a
+context variable: a rank that is a thread has its own.
 """
 
 from __future__ import annotations
 
 import re
+from contextvars import ContextVar
 from typing import Any
 
 _DEVICE_STRING = re.compile(r"([a-zA-Z_]+)(?::(0|[1-9][0-9]*))?")
 _ADVICE = "dtrain runs on the CPU: use device='cpu'."
+_KINDS = ("cpu", "meta")
 
 
 class device:
-    """device("cpu"), device("cpu:1"), device("cpu", 1) or device(another device).
+    """device("cpu"), device("cpu:1"), device("cpu", 1), device("meta") or device(another device).
 
-    Attributes: `type` ("cpu") and `index` (an int or None). As a context manager it changes
-    nothing: every tensor is made on the CPU already.
+    Attributes: `type` ("cpu" or "meta") and `index` (an int or None). As a context manager it says
+    where factories that are given no device make tensors.
     Errors: RuntimeError for any other type, for an accelerator's number and for a malformed
     string; TypeError for any other argument.
     """
@@ -63,10 +67,11 @@ class device:
         return device, (str(self),)
 
     def __enter__(self) -> device:
+        _entered.set((*_entered.get(), self))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        return None
+        _entered.set(_entered.get()[:-1])
 
 
 def _parse(text: str, index: int | None) -> tuple[str, int | None]:
@@ -76,9 +81,9 @@ def _parse(text: str, index: int | None) -> tuple[str, int | None]:
     if match is None:
         raise RuntimeError(f"Invalid device string: '{text}'. {_ADVICE}")
     kind, digits = match.groups()
-    if kind != "cpu":
+    if kind not in _KINDS:
         raise RuntimeError(
-            f"Expected one of cpu device type at start of device string: {text}. {_ADVICE}"
+            f"Expected one of cpu, meta device type at start of device string: {text}. {_ADVICE}"
         )
     if digits is not None and index is not None:
         raise RuntimeError(
@@ -91,3 +96,43 @@ def _parse(text: str, index: int | None) -> tuple[str, int | None]:
 
 
 CPU = device("cpu")
+META = device("meta")
+
+_entered: ContextVar[tuple[device, ...]] = ContextVar("dtrain_devices_entered", default=())
+_default: ContextVar[device] = ContextVar("dtrain_default_device", default=CPU)
+
+
+def set_default_device(device: device | str | None) -> None:
+    """Where factories make tensors in this thread, outside of `with device(...)`; None: the CPU.
+
+    Source: torch.set_default_device.
+    """
+    _default.set(CPU if device is None else _as_device(device))
+
+
+def get_default_device() -> device:
+    """Where factories that are given no device make tensors. Source: torch.get_default_device."""
+    entered = _entered.get()
+    return entered[-1] if entered else _default.get()
+
+
+def on_meta(given: Any) -> bool:
+    """Whether what a factory makes, called with `device=given`, shall have no values.
+
+    RuntimeError for what is no device.
+    """
+    if given is None:
+        return get_default_device().type == "meta"
+    return _as_device(given).type == "meta"
+
+
+def on_cpu(given: Any, what: str) -> device:
+    """`given` as a device, for what needs values. RuntimeError that names `what` elsewhere."""
+    found = _as_device(given)
+    if found.type != "cpu":
+        raise RuntimeError(f"{what} on the {found} device: it needs values. {_ADVICE}")
+    return found
+
+
+def _as_device(given: Any) -> device:
+    return given if given.__class__ is device else device(given)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from dtrain import draws
-from dtrain.device import device
+from dtrain.device import device, on_cpu
 from dtrain.draws import Array, Shape
 from dtrain.dtypes import DTYPE_OF, bool_, dtype, finfo, float32, float64, iinfo, int64
 
@@ -326,7 +326,7 @@ class Generator:
 
 
 def _as_device(given: str | device) -> device:
-    return device(given)
+    return on_cpu(given, "a Generator")
 
 
 def _restored(state: bytes) -> Generator:

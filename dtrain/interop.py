@@ -18,7 +18,8 @@ from dtrain.autograd.grad_mode import grad_enabled
 from dtrain.autograd.node import make
 from dtrain.autograd.promotion import cast
 from dtrain.autograd.value import Value, array_of
-from dtrain.device import device
+from dtrain.device import device, on_meta
+from dtrain.ops.create import finish, hollow
 from dtrain.ops.join import unbind
 from dtrain.ops.order import clone
 from dtrain.printing import tensor_repr
@@ -155,8 +156,12 @@ class Interop(Value):
     # --- dtype and device ---
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """In another dtype; devices are checked and change nothing. Source: torch.Tensor.to."""
-        dtype, copy = parse_to(args, kwargs)
+        """In another dtype, or without values on the meta device. Source: torch.Tensor.to."""
+        dtype, copy, place = parse_to(args, kwargs)
+        if place is not None and on_meta(place):
+            shape = tuple(self.shape)  # type: ignore[attr-defined]  # of the whole, if it is a part
+            kind = self._data.dtype if dtype is None else dtype.numpy
+            return finish(hollow(shape, kind), place)
         if dtype is not None and dtype is not dtypes.from_numpy(self._data.dtype):
             return cast(self, dtype=dtype)
         return clone(self) if copy else self
@@ -195,17 +200,19 @@ def rebuild(cls: type[Any], data: np.ndarray, requires_grad: bool) -> Any:
     return self
 
 
-def parse_to(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dtypes.dtype | None, bool]:
-    """The dtype (or None) and `copy` that arguments of `.to()` ask for; devices are checked."""
-    dtype, copy = kwargs.get("dtype"), kwargs.get("copy", False)
+def parse_to(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[dtypes.dtype | None, bool, device | None]:
+    """The dtype (or None), `copy` and device (or None) that arguments of `.to()` ask for."""
+    dtype, copy, place = kwargs.get("dtype"), kwargs.get("copy", False), None
     for arg in (*args, kwargs.get("device"), kwargs.get("other")):
         if isinstance(arg, dtypes.dtype):
             dtype = arg
         elif isinstance(arg, Value):
-            dtype = arg.dtype  # type: ignore[attr-defined]
+            dtype, place = arg.dtype, arg.device  # type: ignore[attr-defined]
         elif isinstance(arg, (str, device)) or (isinstance(arg, int) and not isinstance(arg, bool)):
-            device(arg)  # raises for anything but the CPU
-    return dtype, copy
+            place = device(arg)  # raises for what is none
+    return dtype, copy, place
 
 
 def dtype_named(kind: Any) -> dtypes.dtype:

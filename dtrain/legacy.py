@@ -13,7 +13,7 @@ from typing import Any
 from dtrain import dtypes
 from dtrain.autograd.node import make
 from dtrain.autograd.value import Value
-from dtrain.ops.create import legacy_array
+from dtrain.ops.create import finish, legacy_array
 from dtrain.tensor import Tensor
 
 
@@ -52,7 +52,7 @@ BoolTensor = _define(dtypes.bool_)
 
 def new(self: Tensor, *args: Any) -> Any:
     """A tensor of this one's dtype, made as by its legacy constructor. Source: Tensor.new."""
-    return make(legacy_array(args, self._data.dtype))
+    return finish(legacy_array(args, self._data.dtype), self.device)
 
 
 class _VariableType(type):

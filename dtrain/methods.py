@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from dtrain import dtypes, legacy
+from dtrain import dtypes, legacy, meta as meta
 from dtrain.autograd.grad_mode import grad_enabled
 from dtrain.autograd.node import make
 from dtrain.autograd.promotion import cast

@@ -17,7 +17,7 @@ from dtrain import dtypes
 from dtrain.autograd import engine
 from dtrain.autograd.handle import HookTable, RemovableHandle
 from dtrain.autograd.node import make, register_tensor_class
-from dtrain.autograd.value import Value, Version, need_whole
+from dtrain.autograd.value import PARTS, Value, Version, need_whole
 from dtrain.device import device
 from dtrain.interop import Interop, parse_to as parse_to, rebuild as rebuild
 from dtrain.ops import index as ix, shape as sh
@@ -235,7 +235,10 @@ class Tensor(Interop):
     def data(self, value: Tensor) -> None:
         if not isinstance(value, Tensor):
             raise TypeError(f"Variable data has to be a tensor, but got {type(value).__name__}")
-        self._data = value._data
+        if PARTS and value.__class__ in PARTS:
+            value._be_data_of(self)
+        else:
+            self._data = value._data
 
     def register_hook(self, hook: Callable[[Tensor], Any]) -> RemovableHandle:
         """Call `hook(grad)` when the gradient of this tensor is computed; it may replace it."""
@@ -296,9 +299,15 @@ class Tensor(Interop):
 
     # --- what differs for a tensor that is a part of a larger one (value.PARTS) ---
 
+    _stays = False  # whether `load_state_dict` copies into it, with `assign`, too
+
     def _kin(self, data: np.ndarray) -> Any:
         """A tensor over an array that belongs to this one's memory element by element."""
         return make(data)
+
+    def _be_data_of(self, target: Tensor) -> None:
+        """Become what a tensor that is no part, `target`, holds."""
+        need_whole("the data of a plain tensor", self)
 
     def _adopt(self, value: Any, dtype: Any) -> Any:
         """A copy of a loaded tensor that belongs to this one, in a NumPy dtype."""

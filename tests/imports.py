@@ -38,7 +38,7 @@ COMPUTE = (
     ("printing",),
     ("interop",),
     ("tensor",),
-    ("legacy",),
+    ("legacy", "meta"),
     ("methods",),
     ("flat",),
     ("nn", "optim", "utils"),

@@ -46,10 +46,10 @@ def test_as_a_context_it_changes_nothing():
         (
             ("cuda",),
             RuntimeError,
-            "Expected one of cpu device type at start of device string: cuda",
+            "Expected one of cpu, meta device type at start of device string: cuda",
         ),
         (("cuda:1",), RuntimeError, "at start of device string: cuda:1"),
-        (("meta",), RuntimeError, "at start of device string: meta"),
+        (("xpu",), RuntimeError, "at start of device string: xpu"),
         ((0,), RuntimeError, "Cannot access accelerator device when none is available."),
         (("",), RuntimeError, "Device string must not be empty"),
         (("cpu:x",), RuntimeError, "Invalid device string: 'cpu:x'"),

@@ -269,7 +269,7 @@ REFUSED = [
     (lambda g: g.manual_seed(-(2**63) - 1), ValueError, "Overflow when unpacking long long"),
     (lambda g: g.manual_seed(1.5), RuntimeError, "manual_seed expected a long, but got float"),
     (lambda g: g.manual_seed(True), RuntimeError, "manual_seed expected a long, but got bool"),
-    (lambda g: Generator("cuda"), RuntimeError, "Expected one of cpu device type"),
+    (lambda g: Generator("cuda"), RuntimeError, "Expected one of cpu, meta device type"),
     (lambda g: g.set_state(b"abc"), RuntimeError, "size 5056 but found the input RNG state size"),
     (lambda g: g.set_state(np.zeros(5056)), TypeError, "RNG state must be a torch.ByteTensor"),
     (lambda g: g.set_state([1, 2]), TypeError, "RNG state must be a torch.ByteTensor"),

@@ -14,7 +14,7 @@ import numpy as np
 from dtrain import dtypes
 from dtrain.autograd.node import make
 from dtrain.autograd.op import SCALARS, define
-from dtrain.autograd.value import Value
+from dtrain.autograd.value import Value, has_part
 from dtrain.dtypes import Category
 
 
@@ -40,6 +40,8 @@ def cast(x: Any, *, dtype: dtypes.dtype) -> Any:
     if not isinstance(x, Value):
         return _cast(np.asarray(x), dtype=dtype)
     if not (dtype.is_floating_point or dtype.is_complex):  # gradients end at the integers
+        if has_part(x):
+            return _cast_op(x.detach(), dtype=dtype, source=source)  # type: ignore[attr-defined]
         return make(_cast(x._data, dtype=dtype))
     return _cast_op(x, dtype=dtype, source=source)
 

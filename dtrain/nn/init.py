@@ -2,7 +2,8 @@
 
 Every function changes its tensor in place, outside any graph, and returns it. With the same seed
 (or `generator`) the numbers are PyTorch's. They are drawn for the whole tensor, of which a DTensor
-takes its part: values do not depend on how it is cut. Source: torch.nn.init.
+takes its part: values do not depend on how it is cut. For a tensor on the meta device nothing is
+drawn. Source: torch.nn.init.
 """
 
 from __future__ import annotations
@@ -77,6 +78,8 @@ def eye_(tensor: Tensor) -> Tensor:
     """The identity matrix. ValueError unless 2-d."""
     if tensor.ndim != 2:
         raise ValueError("Only tensors with 2 dimensions are supported")
+    if tensor.is_meta:
+        return tensor
     return tensor.copy_(np.eye(*tensor.shape, dtype=tensor._data.dtype))
 
 
@@ -100,6 +103,8 @@ def trunc_normal_(
             "The distribution of values may be incorrect.",
             stacklevel=2,
         )
+    if tensor.is_meta:
+        return tensor
     inside = 0.5 * (math.erf((b - mean) / (std * 2**0.5)) - math.erf((a - mean) / (std * 2**0.5)))
     draw = _redrawn_normal if inside > 0.3 else _accepted_uniform
     return draw(tensor, mean, std, a, b, generator)
@@ -203,7 +208,7 @@ def orthogonal_(tensor: Tensor, gain: float = 1, generator: Generator | None = N
     """A (semi) orthogonal matrix of rows x the rest, times `gain` (Saxe et al., 2013)."""
     if tensor.ndim < 2:
         raise ValueError("Only tensors with 2 or more dimensions are supported")
-    if tensor.numel() == 0:
+    if tensor.is_meta or tensor.numel() == 0:
         return tensor
     rows = tensor.shape[0]
     shape = (rows, tensor.numel() // rows)
@@ -222,6 +227,8 @@ def sparse_(
     """Normal, with the fraction `sparsity` of every column 0 (Martens, 2010). 2-d tensors."""
     if tensor.ndim != 2:
         raise ValueError("Only tensors with 2 dimensions are supported")
+    if tensor.is_meta:
+        return tensor
     rows, columns = tensor.shape
     zeros = math.ceil(sparsity * rows)
     values = source_of(generator).normal((rows, columns), tensor.dtype, 0, std)
@@ -237,6 +244,8 @@ def dirac_(tensor: Tensor, groups: int = 1) -> Tensor:
         raise ValueError("Only tensors with 3, 4, or 5 dimensions are supported")
     if tensor.shape[0] % groups:
         raise ValueError("dim 0 must be divisible by groups")
+    if tensor.is_meta:
+        return tensor
     values = np.zeros(tuple(tensor.shape), tensor._data.dtype)
     outputs = tensor.shape[0] // groups
     centre: tuple[Any, ...] = tuple(size // 2 for size in tensor.shape[2:])

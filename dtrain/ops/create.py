@@ -1,6 +1,7 @@
 """Functions that make tensors: from Python data and NumPy, filled, and ranges.
 
-All take `dtype=` (torch's default if None), `device=` (the CPU) and `requires_grad=`.
+All take `dtype=` (torch's default if None), `device=` (where tensors are made now, if None) and
+`requires_grad=`. On the meta device nothing is computed that costs memory.
 """
 
 from __future__ import annotations
@@ -14,22 +15,36 @@ import numpy as np
 from dtrain import dtypes
 from dtrain.autograd.node import make
 from dtrain.autograd.value import Value, need_whole
-from dtrain.device import device as Device
+from dtrain.device import on_meta
 from dtrain.ops.join import stack
 
 Array = np.ndarray
+
+_meta: Callable[[Array], Any]
+
+
+def register_meta(maker: Callable[[Array], Any]) -> None:
+    """Make meta tensors by `maker`; called once, by `dtrain.meta`."""
+    global _meta
+    _meta = maker
+
+
+def hollow(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """An array that has a shape and a dtype and no memory of its own; it cannot be written."""
+    return np.broadcast_to(np.zeros((), dtype), shape)
 
 
 def finish(
     array: Array, device: Any = None, requires_grad: bool = False, beside: Any = None
 ) -> Any:  # fmt: skip
-    """A leaf tensor over `array`, with the options every factory takes.
+    """A leaf tensor over `array`, or like it without values, with the options every factory takes.
 
     `beside`: the tensor whose elements these belong to, if there is one.
     """
-    if device is not None and not isinstance(device, Device):
-        Device(device)  # raises for anything but the CPU
-    t = make(array) if beside is None else beside._kin(array)
+    if on_meta(device):
+        t = _meta(array)
+    else:
+        t = make(array) if beside is None else beside._kin(array)
     if requires_grad:
         t.requires_grad = True
     return t
@@ -172,21 +187,26 @@ def _filled(name: str, fill: Callable[..., Array]) -> tuple[Callable[..., Any], 
         requires_grad: bool = False,
     ) -> Any:  # fmt: skip
         size = sizes if size is None else size
-        return finish(fill(shape_of(size), numpy_dtype(dtype)), device, requires_grad)
+        found = hollow if on_meta(device) else fill
+        return finish(found(shape_of(size), numpy_dtype(dtype)), device, requires_grad)
 
     def like(
         input: Any, *, dtype: dtypes.dtype | None = None, device: Any = None,
         requires_grad: bool = False,
     ) -> Any:  # fmt: skip
+        device = input.device if device is None else device
         kind = input._data.dtype if dtype is None else dtype.numpy
-        return finish(fill(input._data.shape, kind), device, requires_grad, input)
+        found = hollow if on_meta(device) else fill
+        return finish(found(input._data.shape, kind), device, requires_grad, input)
 
     def new(
         self: Any, *size: Any, dtype: dtypes.dtype | None = None, device: Any = None,
         requires_grad: bool = False,
     ) -> Any:  # fmt: skip
+        device = self.device if device is None else device
         kind = self._data.dtype if dtype is None else dtype.numpy
-        return finish(fill(shape_of(size), kind), device, requires_grad)
+        found = hollow if on_meta(device) else fill
+        return finish(found(shape_of(size), kind), device, requires_grad)
 
     for function, called in ((factory, name), (like, f"{name}_like"), (new, f"new_{name}")):
         function.__name__ = function.__qualname__ = called
@@ -217,8 +237,9 @@ def full(
     if isinstance(fill_value, Value):
         fill_value = fill_value.item()  # type: ignore[attr-defined]
     kind = (dtype or dtypes.scalar_dtype(fill_value)).numpy
-    value = number_for(fill_value, kind)
-    return finish(np.full(shape_of((size,)), value, kind), device, requires_grad)
+    value, shape = number_for(fill_value, kind), shape_of((size,))
+    array = hollow(shape, kind) if on_meta(device) else np.full(shape, value, kind)
+    return finish(array, device, requires_grad)
 
 
 def full_like(
@@ -226,8 +247,9 @@ def full_like(
     requires_grad: bool = False,
 ) -> Any:  # fmt: skip
     """`full` with the shape and dtype of `input`. Source: torch.full_like."""
+    device = input.device if device is None else device
     own = full(input._data.shape, fill_value, dtype=dtype or input.dtype, device=device)
-    return finish(own._data, None, requires_grad, input)
+    return finish(own._data, device, requires_grad, input)
 
 
 def new_full(
@@ -235,6 +257,7 @@ def new_full(
     device: Any = None, requires_grad: bool = False,
 ) -> Any:  # fmt: skip
     """`full` with the dtype of this tensor. Source: torch.Tensor.new_full."""
+    device = self.device if device is None else device
     return full(
         size, fill_value, dtype=dtype or self.dtype, device=device, requires_grad=requires_grad
     )
@@ -245,6 +268,7 @@ def new_tensor(
     requires_grad: bool = False,
 ) -> Any:  # fmt: skip
     """`tensor(data)` with the dtype of this tensor. Source: torch.Tensor.new_tensor."""
+    device = self.device if device is None else device
     return tensor(data, dtype=dtype or self.dtype, device=device, requires_grad=requires_grad)
 
 
@@ -310,7 +334,11 @@ def eye(
     requires_grad: bool = False,
 ) -> Any:  # fmt: skip
     """The identity matrix (n, m). Source: torch.eye."""
-    return finish(np.eye(n, m, dtype=numpy_dtype(dtype)), device, requires_grad)
+    kind = numpy_dtype(dtype)
+    array = (
+        hollow((n, n if m is None else m), kind) if on_meta(device) else np.eye(n, m, dtype=kind)
+    )
+    return finish(array, device, requires_grad)
 
 
 def is_tensor(obj: Any) -> bool:

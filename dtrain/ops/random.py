@@ -14,8 +14,9 @@ import numpy as np
 from dtrain import dtypes
 from dtrain.autograd.node import make
 from dtrain.autograd.value import Value, need_whole
+from dtrain.device import on_meta
 from dtrain.generator import Generator
-from dtrain.ops.create import finish, shape_of
+from dtrain.ops.create import finish, hollow, shape_of
 from dtrain.ops.inplace import put
 from dtrain.random import default_generator
 
@@ -26,20 +27,30 @@ def source_of(generator: Generator | None) -> Generator:
 
 
 def _drawn(name: str, draw: Callable[..., np.ndarray]) -> tuple[Callable[..., Any], ...]:
+    def drawn(
+        generator: Generator | None, shape: tuple[int, ...], dtype: dtypes.dtype, device: Any,
+        requires_grad: bool,
+    ) -> Any:  # fmt: skip
+        if on_meta(device):  # nothing is drawn
+            return finish(hollow(shape, dtype.numpy), device, requires_grad)
+        return finish(draw(source_of(generator), shape, dtype), device, requires_grad)
+
     def factory(
         *size: Any, generator: Generator | None = None, dtype: dtypes.dtype | None = None,
         device: Any = None, requires_grad: bool = False,
     ) -> Any:  # fmt: skip
-        dtype = dtype or dtypes.get_default_dtype()
-        return finish(draw(source_of(generator), shape_of(size), dtype), device, requires_grad)
+        kind = dtype or dtypes.get_default_dtype()
+        return drawn(generator, shape_of(size), kind, device, requires_grad)
 
     def like(
         input: Any, *, generator: Generator | None = None, dtype: dtypes.dtype | None = None,
         device: Any = None, requires_grad: bool = False,
     ) -> Any:  # fmt: skip
-        need_whole(f"{name}_like", input)
+        device = input.device if device is None else device
+        if not on_meta(device):
+            need_whole(f"{name}_like", input)
         kind = dtype or input.dtype
-        return finish(draw(source_of(generator), input._data.shape, kind), device, requires_grad)
+        return drawn(generator, tuple(input.shape), kind, device, requires_grad)
 
     for function, called in ((factory, name), (like, f"{name}_like")):
         function.__name__ = function.__qualname__ = called
@@ -62,8 +73,10 @@ def randint(
         raise RuntimeError(
             f"random_ expects 'from' to be less than 'to', but got from={low} >= to={high}"
         )
-    drawn = source_of(generator).randint(low, high, shape_of((size,)), dtype)
-    return finish(drawn, device, requires_grad)
+    shape = shape_of((size,))
+    if on_meta(device):
+        return finish(hollow(shape, dtype.numpy), device, requires_grad)
+    return finish(source_of(generator).randint(low, high, shape, dtype), device, requires_grad)
 
 
 def randperm(
@@ -71,6 +84,8 @@ def randperm(
     device: Any = None,
 ) -> Any:  # fmt: skip
     """A random permutation of 0..n-1. Source: torch.randperm."""
+    if on_meta(device):
+        return finish(hollow((n,), dtype.numpy), device)
     return finish(source_of(generator).randperm(n, dtype), device)
 
 
@@ -110,15 +125,20 @@ def multinomial(
 # --- in place ------------------------------------------------------------------------------------
 
 
-def _fill(self: Any, drawn: np.ndarray) -> Any:
-    """Write drawn numbers; a tensor that is part of a graph gets no gradient through them."""
-    put(self, ..., drawn, part=False)
+def _fill(self: Any, draw: Callable[[], np.ndarray]) -> Any:
+    """Write what is drawn; a tensor that is part of a graph gets no gradient through it.
+
+    For a tensor without values nothing is drawn.
+    """
+    if not self.is_meta:
+        put(self, ..., draw(), part=False)
     return self
 
 
 def uniform_(self: Any, a: float = 0, b: float = 1, *, generator: Generator | None = None) -> Any:
     """Fill with uniform numbers in [a, b). Source: torch.Tensor.uniform_."""
-    return _fill(self, source_of(generator).uniform(tuple(self.shape), self.dtype, a, b))
+    source = source_of(generator)
+    return _fill(self, lambda: source.uniform(tuple(self.shape), self.dtype, a, b))
 
 
 def normal_(
@@ -127,18 +147,20 @@ def normal_(
     """Fill with normal numbers. Source: torch.Tensor.normal_."""
     if std < 0:
         raise RuntimeError(f"normal expects std >= 0.0, but found std {std}")
-    return _fill(self, source_of(generator).normal(tuple(self.shape), self.dtype, mean, std))
+    source = source_of(generator)
+    return _fill(self, lambda: source.normal(tuple(self.shape), self.dtype, mean, std))
 
 
 def exponential_(self: Any, lambd: float = 1, *, generator: Generator | None = None) -> Any:
     """Fill with exponential numbers of rate `lambd`. Source: torch.Tensor.exponential_."""
-    return _fill(self, source_of(generator).exponential(tuple(self.shape), self.dtype, lambd))
+    source = source_of(generator)
+    return _fill(self, lambda: source.exponential(tuple(self.shape), self.dtype, lambd))
 
 
 def bernoulli_(self: Any, p: Any = 0.5, *, generator: Generator | None = None) -> Any:
     """Fill with 0 and 1 of probability p (a number). Source: torch.Tensor.bernoulli_."""
-    drawn = source_of(generator).bernoulli(p, tuple(self.shape))
-    return _fill(self, drawn.astype(self._data.dtype, copy=False))
+    source, kind = source_of(generator), self._data.dtype
+    return _fill(self, lambda: source.bernoulli(p, tuple(self.shape)).astype(kind, copy=False))
 
 
 def random_(
@@ -148,6 +170,6 @@ def random_(
     """Fill with integers: in [low, high), in [0, low), or over the dtype's range. Source: torch."""
     source = source_of(generator)
     if low is None:
-        return _fill(self, source.random(tuple(self.shape), self.dtype))
+        return _fill(self, lambda: source.random(tuple(self.shape), self.dtype))
     start, stop = (0, low) if high is None else (low, high)
-    return _fill(self, source.randint(start, stop, tuple(self.shape), self.dtype))
+    return _fill(self, lambda: source.randint(start, stop, tuple(self.shape), self.dtype))

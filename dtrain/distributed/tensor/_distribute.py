@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from dtrain.autograd.node import make
+from dtrain.autograd.value import need_whole
 from dtrain.comm import collectives as calls
 from dtrain.distributed.device_mesh import DeviceMesh
 from dtrain.distributed.tensor._api import DTensor, wrap
@@ -50,6 +51,7 @@ def distribute_tensor(
         )
     if isinstance(tensor, DTensor):
         return _already(tensor, device_mesh, places)
+    need_whole("distribute_tensor", tensor)
     spec = DTensorSpec(device_mesh, places, tuple(tensor.shape))
     if src_data_rank is None:
         own = _cut(tensor._data, spec.box)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from itertools import chain
 from typing import Any, TypeVar
 
 from dtrain import dtypes
@@ -108,10 +109,15 @@ class Module(StateDict, calling.HookRegistration):
     def to(self: M, *args: Any, **kwargs: Any) -> M:
         """Cast floating parameters and buffers: `to(dtype)`, `to(device)`, `to(tensor)`.
 
-        The device must be the CPU; `non_blocking` and `memory_format` change nothing. TypeError
-        for an integer dtype.
+        On the meta device they lose their values. `non_blocking` and `memory_format` change
+        nothing. TypeError for an integer dtype; NotImplementedError for what is on the meta device
+        and shall leave it.
         """
-        dtype, _ = parse_to(args, kwargs)
+        dtype, _, place = parse_to(args, kwargs)
+        if place is not None and place.type == "meta":
+            self._apply(lambda t: t.to(place))
+        elif place is not None:
+            self._need_values()
         if dtype is None:
             return self
         if not (dtype.is_floating_point or dtype.is_complex):
@@ -142,15 +148,27 @@ class Module(StateDict, calling.HookRegistration):
         return self._to_dtype(dtypes.bfloat16)
 
     def cpu(self: M) -> M:
-        """The module itself: everything is on the CPU."""
+        """The module itself. NotImplementedError for what is on the meta device."""
+        self._need_values()
         return self
+
+    def _need_values(self) -> None:
+        for name, tensor in chain(self.named_parameters(), self.named_buffers()):
+            if tensor.is_meta:
+                raise NotImplementedError(
+                    "Cannot copy out of meta tensor; no data! Please use torch.nn.Module.to_empty()"
+                    " instead of torch.nn.Module.to() when moving module from meta to a different "
+                    f"device. ('{name}' of {type(self).__name__} has no values)"
+                )
 
     def cuda(self: M, device: Any = None) -> M:
         """Raises as a build of torch without CUDA does."""
         return self._apply(lambda t: t.cuda(device))
 
     def to_empty(self: M, *, device: Any, recurse: bool = True) -> M:
-        """Give every parameter and buffer new memory with arbitrary contents."""
+        """Give every parameter and buffer new memory with arbitrary contents; those on the meta
+        device get values then, and tensors that stand in several places stay one.
+        """
         return self._apply(lambda t: empty_like(t, device=device), recurse)
 
     def train(self: M, mode: bool = True) -> M:

@@ -7,6 +7,7 @@ once, with everything that was wrong. Source: torch.nn.Module.state_dict, load_s
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
@@ -255,7 +256,11 @@ def _take(module: Tree, name: str, tensor: Any, key: str, given: Any, assign: bo
         )
     try:
         with no_grad():
-            if not assign:
+            if tensor._stays and assign:
+                tensor.data = given
+            elif not assign:
+                if tensor.is_meta and not given.is_meta:
+                    _warn_of_no_values(key)
                 tensor.copy_(given)
             elif isinstance(tensor, Parameter):
                 setattr(module, name, _as_parameter(given, tensor.requires_grad))
@@ -268,6 +273,16 @@ def _take(module: Tree, name: str, tensor: Any, key: str, given: Any, assign: bo
             f"exception occurred : {error.args}."
         )
     return None
+
+
+def _warn_of_no_values(key: str) -> None:
+    warnings.warn(
+        f"for {key}: copying from a non-meta parameter in the checkpoint to a meta parameter in "
+        "the current model, which is a no-op. (Did you mean to pass `assign=True` to assign items "
+        "in the state dictionary to their corresponding key in the module instead of copying them "
+        "in place?)",
+        stacklevel=2,
+    )
 
 
 def _as_parameter(given: Tensor, requires_grad: bool) -> Parameter:

@@ -50,8 +50,15 @@ def check_arguments(module: Any, delayed: Sequence[Any], every: Any) -> None:
 
 
 def check_parts(named: Sequence[tuple[str, Any]], group: ProcessGroup) -> None:
-    """RuntimeError for a parameter that is cut over ranks which the group would average over."""
+    """RuntimeError for a parameter that is cut over ranks which the group would average over, or
+    that has no values.
+    """
     for name, parameter in named:
+        if parameter.is_meta:
+            raise RuntimeError(
+                f"parameter '{name}' is on the meta device: DistributedDataParallel needs values. "
+                'Give it some before, by module.to_empty(device="cpu") and reset_parameters()'
+            )
         if not has_part(parameter):
             continue
         mesh = parameter.device_mesh

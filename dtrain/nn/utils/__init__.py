@@ -1,4 +1,4 @@
-"""Helpers around modules: gradient clipping, and parameters as one vector.
+"""Helpers around modules: gradient clipping, parameters as one vector, no first values.
 
 Source: torch.nn.utils.
 """
@@ -14,4 +14,7 @@ from dtrain.nn.utils.clip_grad import (
 from dtrain.nn.utils.convert_parameters import (
     parameters_to_vector as parameters_to_vector,
     vector_to_parameters as vector_to_parameters,
+)
+from dtrain.nn.utils.init import (
+    skip_init as skip_init,
 )

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 from dtrain.comm.work import Future
-from dtrain.device import device
+from dtrain.device import on_cpu
 from dtrain.distributed.rpc import current
 from dtrain.distributed.rpc.api import remote, rpc_async, rpc_sync
 from dtrain.distributed.rpc.rref import RRef
@@ -53,7 +53,8 @@ def _parse(remote_device: str) -> tuple[str | int, str]:
             f"Could not parse remote_device: {remote_device}. The valid format is "
             "'<workername>/<device>' or 'rank:<rank>/<device>' or '<device>'"
         )
-    return (int(number) if number != worker else worker), str(device(place if slash else "cpu"))
+    there = on_cpu(place if slash else "cpu", "a RemoteModule")
+    return (int(number) if number != worker else worker), str(there)
 
 
 class RemoteModule(Module):
