@@ -8,7 +8,7 @@ argument, an environment variable, or part of a text.
 """
 
 from dtrain.comm.security.gate import Gate
-from dtrain.comm.security.keys import Keys, StoreKeys, fresh_keys, store_keys
+from dtrain.comm.security.keys import Keys, StoreKeys, fresh_keys, member_keys, store_keys
 from dtrain.comm.security.listening import (
     Listener,
     listen,
@@ -43,6 +43,7 @@ __all__ = [
     "fresh_keys",
     "listen",
     "listen_nameless",
+    "member_keys",
     "open_socket",
     "process_of",
     "remove_leftover",

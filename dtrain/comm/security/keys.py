@@ -21,7 +21,7 @@ from dtrain import env
 from dtrain.comm.security.secret import job_secret
 from dtrain.wire import MAGIC
 
-__all__ = ["Keys", "StoreKeys", "fresh_keys", "hkdf", "store_keys"]
+__all__ = ["Keys", "StoreKeys", "fresh_keys", "hkdf", "member_keys", "store_keys"]
 
 _SALT = b"dtrain"
 
@@ -54,6 +54,13 @@ def store_keys(secret: bytes | None = None) -> StoreKeys:
     secret = job_secret() if secret is None else secret
     run = env.run_identity()
     return StoreKeys(*(_derived(secret, f"store {role} {run}") for role in ("server", "client")))
+
+
+def member_keys() -> Keys:
+    """The pair that shows that somebody has the secret of this run, as all workers of an open world
+    do. Raises `SecretError` when there is no usable secret.
+    """
+    return _derived(job_secret(), f"member {env.run_identity()}")
 
 
 def _derived(secret: bytes, purpose: str) -> Keys:

@@ -22,7 +22,7 @@ import math
 import threading
 import time
 from collections import deque
-from typing import Any
+from typing import Any, Protocol
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
@@ -39,7 +39,7 @@ from dtrain.errors import DistError, PeerLost, TransportTimeout
 from dtrain.processes import ENDED, STOPPED, state_of
 from dtrain.wire import CHUNK, Header, WireError, pack, unpack
 
-__all__ = ["TcpTransport", "ZmqTransport"]
+__all__ = ["TcpTransport", "Unreachable", "ZmqTransport"]
 
 # Kinds of messages. INLINE carries note and payload behind its header, DATA and MORE in a second
 # frame; STRANGE is no message of ours.
@@ -75,8 +75,21 @@ _log = logging.getLogger("dtrain.comm")
 _IN, _MORE, _NOW = int(zmq.POLLIN), int(zmq.SNDMORE), int(zmq.DONTWAIT)
 
 
-class _Unreachable(Exception):
+class Unreachable(Exception):
     """The connection to this peer has broken; whether it died is not known yet."""
+
+
+class Door(Protocol):
+    """How ranks of other hosts come in: what a transport wants of `Network` and its like."""
+
+    @property
+    def inbox(self) -> zmq.Socket[bytes]: ...
+
+    def connect(self, outbox: zmq.Socket[bytes], peer: int) -> None: ...
+
+    def is_from(self, frame: zmq.Frame, src: int) -> bool: ...
+
+    def close(self) -> None: ...
 
 
 class ZmqTransport(PumpedTransport):
@@ -95,7 +108,7 @@ class ZmqTransport(PumpedTransport):
     ) -> None:
         super().__init__(rank, size)
         self._listener: security.Listener | None = None
-        self._network: Network | None = None
+        self._network: Door | None = None
         self.ignored = 0
         # Two contexts, because they end at different times: first all is sent, then the inbox goes.
         self._in_context, self._out_context = security.context(), security.context()
@@ -106,21 +119,27 @@ class ZmqTransport(PumpedTransport):
             raise
 
     def _open(self, store: Store, where: str, timeout: float) -> None:
+        listener = self._open_sockets()
+        self._peers = dict(
+            enumerate(rendezvous(store, self.rank, self.size, listener.address, timeout))
+        )
+        addresses = [peer.address for peer in self._peers.values()]
+        self._rank_at = {address: r for r, address in enumerate(addresses)}
+        self._join_network(store, where, timeout)
+        self._job = _job_of(addresses)
+
+    def _open_sockets(self) -> security.Listener:
+        """What needs no peers; returns where those of this host reach the inbox."""
         self._inbox = security.open_socket(self._in_context, zmq.DEALER)
         self._listener = security.listen(self._inbox)
         self._outbox = security.open_socket(self._out_context, zmq.ROUTER)
         self._monitor = self._outbox.get_monitor_socket(security.BROKEN)
-        self._peers = rendezvous(store, self.rank, self.size, self._listener.address, timeout)
-        addresses = [peer.address for peer in self._peers]
-        self._rank_at = {address: r for r, address in enumerate(addresses)}
         self._polled = [(self._inbox, _IN), (self._monitor, _IN)]  # in this order
-        self._join_network(store, where, timeout)
-        self._job = _job_of(addresses)
-        self._ids = [f"r{r}".encode() for r in range(self.size)]
         self._connected: set[int] = set()
         self._out_lock = threading.Lock()  # guards the outbox and `_connected`
         self._in_flight: deque[tuple[int, zmq.MessageTracker]] = deque()  # (destination, tracker)
         self._suspects: dict[int, float] = {}  # {peer whose connection broke: when}
+        return self._listener
 
     def peer(self, rank: int) -> Peer | None:
         return self._peers[rank]
@@ -128,14 +147,15 @@ class ZmqTransport(PumpedTransport):
     def _join_network(self, store: Store, where: str, timeout: float) -> None:
         """Open a second inbox if there are peers that unix sockets do not reach, or shall not."""
         abroad = [r for r in self.peers if self._peers[r].host != host_id()]
-        self._far = frozenset(abroad if where == "ipc" else self.peers)
+        self._far = set(abroad if where == "ipc" else self.peers)
         if not self._far:
             return
         if where in ("ipc", "tcp"):
             where = endpoint(own_address(store, far=bool(abroad)), 0)
-        self._network = Network(self._in_context, store, self.rank, self.size, timeout, where)
-        self._rank_at |= {self._network.address_of(r): r for r in self._far}
-        self._polled.insert(1, (self._network.inbox, _IN))
+        network = Network(self._in_context, store, self.rank, self.size, timeout, where)
+        self._network = network
+        self._rank_at |= {network.address_of(r): r for r in self._far}
+        self._polled.insert(1, (network.inbox, _IN))
 
     # ---- sending
 
@@ -146,7 +166,7 @@ class ZmqTransport(PumpedTransport):
                 self._emit(dst, pack(header, note + as_bytes(buf).tobytes()))
             else:
                 self._send_chunks(dst, tag, as_bytes(buf), note)
-        except _Unreachable:
+        except Unreachable:
             raise self._loss_of(dst) from None
 
     def _send_chunks(self, dst: int, tag: int, data: Array, note: bytes) -> None:
@@ -166,7 +186,7 @@ class ZmqTransport(PumpedTransport):
     def _tell(self, dst: int, body: bytes) -> None:
         try:
             self._emit(dst, pack(Header(NEWS, self.rank, job=self._job), body))
-        except _Unreachable:
+        except Unreachable:
             raise self._loss_of(dst) from None
 
     def _emit(self, dst: int, frame: bytes | zmq.Frame) -> None:
@@ -179,16 +199,16 @@ class ZmqTransport(PumpedTransport):
             raise self.mailbox.lost[dst].copy()
         self._connect(dst)
         try:
-            self._outbox.send(self._ids[dst], _MORE)
+            self._outbox.send(b"r%d" % dst, _MORE)
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
-            raise _Unreachable from None
+            raise Unreachable from None
         self._outbox.send(frame, flags, copy=type(frame) is bytes)
 
     def _connect(self, peer: int) -> None:
         if peer not in self._connected:
-            self._outbox.setsockopt(zmq.CONNECT_ROUTING_ID, self._ids[peer])
+            self._outbox.setsockopt(zmq.CONNECT_ROUTING_ID, b"r%d" % peer)
             if self._network is not None and peer in self._far:
                 self._network.connect(self._outbox, peer)
             else:
@@ -233,8 +253,8 @@ class ZmqTransport(PumpedTransport):
     # ---- receiving
 
     def _watch(self, src: int) -> None:
-        wanted = range(self.size) if src == ANY_SOURCE else (src,)
-        missing = [r for r in wanted if r not in self._connected and r != self.rank]
+        wanted = self.peers if src == ANY_SOURCE else (src,)
+        missing = [r for r in wanted if r not in self._connected]
         if missing:
             with self._out_lock:
                 for peer in missing:
@@ -344,7 +364,7 @@ class ZmqTransport(PumpedTransport):
         if not self._leave():
             return
         deadline = time.monotonic() + timeout
-        said = {peer: self._say_goodbye(peer) for peer in range(self.size) if peer != self.rank}
+        said = {peer: self._say_goodbye(peer) for peer in self.peers}
         while self._unwritten(said) and time.monotonic() < deadline:
             self._pump(time.monotonic() + _CLOSE_LOOK)
         self._destroy(_LAST_WRITE)
@@ -366,7 +386,7 @@ class ZmqTransport(PumpedTransport):
             copy_threshold=0,
         )
         # Unreachable or lost: gone already, nobody is left to be told.
-        with contextlib.suppress(_Unreachable, PeerLost):
+        with contextlib.suppress(Unreachable, PeerLost):
             self._emit(peer, frame)
             tracker: zmq.MessageTracker | None = frame.tracker
             return tracker

@@ -13,11 +13,13 @@ import sys
 from functools import partial
 from urllib.parse import parse_qs, urlparse
 
+from dtrain.comm.security.addresses import resolve
 from dtrain.comm.store.base import Store
 from dtrain.comm.store.prefix import PrefixStore
 from dtrain.comm.topology import host_id
 from dtrain.comm.transports.base import create
 from dtrain.comm.transports.unix_open import MOST, OpenUnixTransport
+from dtrain.comm.transports.zmq_open import OpenZmqTransport
 from dtrain.distributed.backend import transport_for
 from dtrain.distributed.rendezvous import rendezvous
 from dtrain.distributed.rpc.agent import Agent
@@ -104,11 +106,16 @@ def _agent(
 def _join(store: Store, name: str, rank: int, options: RpcBackendOptions, code: bool) -> Agent:
     """Join an open world: connect to all who are there, then take the name."""
     board = Board(store)
+    carrier = board.carrier(options.transport, _carrier(store))
     rank = board.claim(rank)
-    transport = OpenUnixTransport(rank)
+    transport: OpenUnixTransport | OpenZmqTransport
+    if carrier == "unix":
+        transport = OpenUnixTransport(rank)
+    else:
+        transport = OpenZmqTransport(store, rank)
     line = Line(transport, f"rpc io {name}")
     try:
-        for other, address in board.enter(rank, name, code, transport.address).items():
+        for other, address in board.enter(rank, name, code, transport.address, carrier).items():
             transport.reach(other, address)
         board.take_name(name, rank, transport.peers.__contains__)
     except BaseException:
@@ -116,6 +123,15 @@ def _join(store: Store, name: str, rank: int, options: RpcBackendOptions, code: 
         raise
     members = Members({rank: (name, code)}, board)
     return Agent(line, rank, members, options.num_worker_threads, options.rpc_timeout)
+
+
+def _carrier(store: Store) -> str:
+    """What carries the messages of an open world, unless somebody says so: TCP where its store is
+    on a network that other hosts may share.
+    """
+    host = store.network_host()
+    local = host is None or resolve(host).is_loopback
+    return "unix" if local and sys.platform == "linux" else "tcp"
 
 
 def _transport(store: Store, hosts: list[str], wishes: list[str | None]) -> str:

@@ -39,7 +39,20 @@ class Board:
                 return rank
         raise ValueError(f"rank {wish} is taken, or was by a worker that is gone: take another")
 
-    def enter(self, rank: int, name: str, code: bool, address: bytes) -> dict[int, bytes]:
+    def carrier(self, wish: str | None, default: str) -> str:
+        """What carries the messages of this world, which the first worker says: "unix" or "tcp"."""
+        wanted = default if wish is None else "unix" if wish == "unix" else "tcp"
+        found = self._store.compare_set("carrier", "", wanted).decode()
+        if wish is not None and found != wanted:
+            raise ValueError(
+                f"_transports must be the same on all workers: this one wants {wish!r}, and the "
+                f"first one of this open world chose {found!r}"
+            )
+        return found
+
+    def enter(
+        self, rank: int, name: str, code: bool, address: bytes, carrier: str
+    ) -> dict[int, bytes]:
         """Put up a card; the addresses of all who did so before."""
         self._store.set(f"card/{rank}", dumps([name, code, host_id(), address]))
         self._store.append("ranks", f"{rank} ")
@@ -47,10 +60,12 @@ class Board:
         found = {}
         for other in ranks[: ranks.index(rank)]:
             _, _, host, where = self._card(other)
-            if host != host_id():
+            if carrier == "unix" and host != host_id():
                 raise DistError(
-                    f"worker {other} is on host {host!r}, this one on {host_id()!r}: workers of an "
-                    "open world (world_size=None) are on one host. Give a world_size"
+                    f"worker {other} is on host {host!r}, this one on {host_id()!r}: the workers of"
+                    " this open world (world_size=None) use unix sockets and are on one host. For "
+                    'several, give _transports=["tcp"] to the first worker, or a store on the '
+                    "network"
                 )
             found[other] = where
         return found

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 import pytest
 
 import dtrain as torch
+from dtrain.comm.store.tcp import StoreServer
 from dtrain.distributed import rpc
 from dtrain.distributed.world import own_world
 from dtrain.errors import DistError, PeerLost
@@ -24,7 +25,10 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="over unix socke
 def worker(url, name, rank=-1, **options):
     """This thread is the worker `name` inside the block."""
     with own_world():
-        settings = rpc.TensorPipeRpcBackendOptions(init_method=url, rpc_timeout=20)
+        over = ["tcp"] if url.startswith("tcp:") else None
+        settings = rpc.TensorPipeRpcBackendOptions(
+            init_method=url, rpc_timeout=20, _transports=over
+        )
         rpc.init_rpc(name, rank=rank, rpc_backend_options=settings, **options)
         yield rpc.get_worker_info().id
         if rpc.current.installed() is not None:
@@ -62,9 +66,13 @@ class Other(threading.Thread):
         assert not self.is_alive()
 
 
-@pytest.fixture
-def url(tmp_path):
-    return f"file://{tmp_path}/store"
+@pytest.fixture(params=["unix", "tcp"])
+def url(request, tmp_path):
+    if request.param == "unix":
+        yield f"file://{tmp_path}/store"
+        return
+    with StoreServer() as server:
+        yield f"tcp://127.0.0.1:{server.port}"
 
 
 def whoami():
@@ -176,7 +184,8 @@ def wait_for():
 PROGRAM = """
 import sys, threading
 from dtrain.distributed import rpc
-settings = rpc.TensorPipeRpcBackendOptions(init_method=sys.argv[1])
+over = ["tcp"] if sys.argv[1].startswith("tcp:") else None
+settings = rpc.TensorPipeRpcBackendOptions(init_method=sys.argv[1], _transports=over)
 rpc.init_rpc(sys.argv[2], rpc_backend_options=settings)
 print("here", flush=True)
 threading.Event().wait(30)

@@ -41,10 +41,10 @@ KINDS = (
 )
 STEPS = st.lists(
     st.tuples(st.sampled_from(KINDS), st.integers(0, 30), st.integers(0, 11)),
-    min_size=3,
+    min_size=10,
     max_size=30,
 )
-EXAMPLES = 25
+EXAMPLES = 20
 
 # How long books may take until they are as they should be, in seconds.
 PATIENCE = 10.0
