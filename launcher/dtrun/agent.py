@@ -2,7 +2,8 @@
 
 The exit code is 0 when every worker of one attempt succeeded; the code of the worker that failed
 first (128 + n for signal n, as in a shell); 128 + n when dtrun itself was ended by signal n; 2
-when rank 0's address cannot be used; 126 when a worker cannot be started.
+when rank 0's address cannot be used; 126 when a worker cannot be started; 75 when one cannot be
+ended.
 """
 
 from __future__ import annotations
@@ -14,14 +15,21 @@ import socket
 from collections.abc import Mapping
 
 from dtrun import debug, errors, process, secret
-from dtrun.group import Group, Signals, flush
+from dtrun.group import Group, Signals, Undying, flush
 from dtrun.keeper import CANNOT_START
+from dtrun.membership import TRY_AGAIN
 from dtrun.output import make_log_dir
 from dtrun.rendezvous import reserve_port
 from dtrun.spec import Attempt, Spec, threads_line
 from dtrun.streams import Streams
+from dtrun.supervisor import GIVE_UP_SECONDS
 
 BAD_ADDRESS = 2
+CANNOT_END = (
+    f"{{}} has not ended {GIVE_UP_SECONDS:g} s after SIGKILL: the kernel cannot end it, as when it "
+    "waits for a disk or a file server that does not answer. It is left behind; look at this host "
+    "before you start dtrun here again"
+)
 
 
 class Agent:
@@ -53,6 +61,9 @@ class Agent:
         except OSError as error:
             self._streams.say(f"dtrun: error: cannot start the workers: {error}\n")
             code = CANNOT_START
+        except Undying as error:
+            self._streams.say(f"dtrun: error: {CANNOT_END.format(error)}\n")
+            code = TRY_AGAIN
         hurry = self._received is not None
         flush(self._streams, self._selector, self._signals, hurry=hurry)
         return code

@@ -29,13 +29,17 @@ from dtrun.spec import (
     heeds,
 )
 from dtrun.streams import LOG_NAMES, Streams
-from dtrun.supervisor import STOP_SECONDS, Supervisor
+from dtrun.supervisor import ABANDONED, STOP_SECONDS, Supervisor
 
 # What `should_stop` in a rank takes over; an interrupt is for whoever sits at the terminal.
 HEEDED = (signal.SIGTERM, signal.SIGUSR1)
 
 # For a console that takes nothing while dtrun is being stopped.
 LAST_WORDS_SECONDS = 0.2
+
+
+class Undying(Exception):
+    """Workers that SIGKILL does not end; says which."""
 
 
 class Signals:
@@ -86,6 +90,7 @@ class Group:
         """Run all workers to their end and return those that did not succeed.
 
         Raises OSError when a worker cannot be started; those started before it are killed then.
+        Raises `Undying` when a worker has not ended GIVE_UP_SECONDS after SIGKILL.
         """
         try:
             for local_rank in range(self.spec.nproc):
@@ -96,6 +101,8 @@ class Group:
             raise
         while self.supervisor.living:
             self._step(selector, signals)
+            if self.supervisor.state == ABANDONED:
+                raise Undying(self._undying())
         self._sweep()
         self._streams.drain()
         return [self._failure(rank) for rank, one in enumerate(self._workers) if one.returncode]
@@ -200,6 +207,11 @@ class Group:
         left = process.sweep(self.spared)
         if left:
             self._streams.say(f"dtrun: ended {left} process(es) that the workers left behind\n")
+
+    def _undying(self) -> str:
+        left = sorted(self.supervisor.living)
+        named = (f"rank {self.spec.rank(rank)} (pid {self._workers[rank].pid})" for rank in left)
+        return ", ".join(named)
 
     def _failure(self, local_rank: int) -> Failure:
         worker = self._workers[local_rank]

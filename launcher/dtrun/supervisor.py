@@ -9,7 +9,8 @@ signal that every living worker must now be sent, or None; `deadline` says when 
        +----- dtrun is signalled -+-----------------+         +-- signalled again --> KILLED
 
 Ranks that lose a peer usually find out and raise by themselves: GRACE lets them say so. The times
-add up to less than the two seconds within which everything is gone.
+add up to less than the two seconds within which everything is gone, but what the kernel cannot end
+(a process that waits for a disk or a file server): KILLED --time--> ABANDONED.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ import signal
 from collections.abc import Iterable
 
 RUNNING, GRACE, STOPPING, KILLED = "running", "grace", "stopping", "killed"
+ABANDONED = "abandoned"
 GRACE_SECONDS = 1.0
 STOP_SECONDS = 0.6
+# A process that was killed gives its memory back first: many gigabytes take seconds.
+GIVE_UP_SECONDS = 10.0
 
 
 class Supervisor:
@@ -40,9 +44,9 @@ class Supervisor:
     def signalled(self, signum: int, now: float, patience: float = STOP_SECONDS) -> int | None:
         """dtrun was sent a signal: pass it on, and kill after `patience`; at the second one now."""
         if self.received is not None:
-            return self._kill()
+            return self._kill(now)
         self.received = signum
-        if self.state in (STOPPING, KILLED):
+        if self.state in (STOPPING, KILLED, ABANDONED):
             return None
         self._enter(STOPPING, now + patience)
         return signum
@@ -64,12 +68,15 @@ class Supervisor:
         if self.state == GRACE:
             self._enter(STOPPING, now + STOP_SECONDS)
             return signal.SIGTERM
-        return self._kill()
-
-    def _kill(self) -> int | None:
         if self.state == KILLED:
+            self._enter(ABANDONED, None)
             return None
-        self._enter(KILLED, None)
+        return self._kill(now)
+
+    def _kill(self, now: float) -> int | None:
+        if self.state in (KILLED, ABANDONED):
+            return None
+        self._enter(KILLED, now + GIVE_UP_SECONDS)
         return signal.SIGKILL
 
     def _enter(self, state: str, deadline: float | None) -> None:

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -33,12 +33,18 @@ class Launches:
         (self.folder / name).write_text(head + textwrap.dedent(text))
         return name
 
-    def start(self, *args: str, env: Mapping[str, str] | None = None, **options):
+    def start(
+        self,
+        *args: str,
+        env: Mapping[str, str] | None = None,
+        program: Sequence[str] = ("-m", "dtrun"),
+        **options,
+    ):
         """Start dtrun with pipes for its output; `options` are Popen's."""
         base = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_VARIABLES)}
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         process = subprocess.Popen(
-            [sys.executable, "-m", "dtrun", *args],
+            [sys.executable, *program, *args],
             cwd=self.folder,
             env=base | {"XDG_RUNTIME_DIR": str(self.run_dirs)} | dict(env or {}),
             text=True,

@@ -59,15 +59,20 @@ def ended(*nodes):
     return [(node.returncode, *text) for node, text in zip(nodes, texts, strict=True)]
 
 
+def stop_all(node):
+    """Stop dtrun and everything below it; the processes."""
+    family = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
+    for process in family:
+        process.suspend()
+    return family
+
+
 def kill_all(node, dtrun):
     """A host that loses its power: dtrun and everything below it, at once.
 
     What it has left on the disk, the next run on that host removes.
     """
-    family = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
-    for process in family:
-        process.suspend()  # nobody sees another one die
-    for process in family:
+    for process in stop_all(node):  # nobody sees another one die
         process.kill()
     node.wait(DEADLINE)
     dtrun.run("--no-python", "true")
@@ -113,6 +118,28 @@ def test_nodes_come_late_die_and_return(dtrun, node):
     assert "is lost: the connection to it broke" in err
     assert "node 1 " in err
     assert "has left: stopped by SIGTERM" in err
+
+
+def test_a_node_that_was_stopped_for_too_long_ends_as_soon_as_it_goes_on(dtrun, node):
+    script = dtrun.script(MEET + LAST)
+    flags = ("--nnodes", "1:2", "--rdzv-conf", SOON.replace("1000", "5"), script)
+    first = node(1, *flags)
+    assert read_lines(first, 1) == ["0 of 1 restarts 0"]
+    second = node(2, *flags)
+    assert read_lines(second, 1) == ["1 of 2 restarts 0"]
+    assert read_lines(first, 1) == ["0 of 2 restarts 0"]
+    stopped = stop_all(second)
+    assert read_lines(first, 1) == ["0 of 1 restarts 0"]
+    for process in stopped:
+        process.resume()
+    ((code, out, err),) = ended(second)
+    assert (code, out) == (75, "")
+    assert "Start dtrun again" in err
+    (dtrun.folder / "stop").touch()
+    ((code, out, err),) = ended(first)
+    assert (code, out) == (0, "")  # nobody joined again
+    assert "node 1 " in err
+    assert "is lost: silent for 1 s" in err
 
 
 def test_a_failure_is_told_on_all_nodes_and_uses_up_a_restart(dtrun, node):

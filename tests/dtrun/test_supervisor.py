@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 from dtrun.supervisor import (
+    ABANDONED,
+    GIVE_UP_SECONDS,
     GRACE,
     GRACE_SECONDS,
     KILLED,
@@ -34,7 +36,7 @@ def test_a_failure_is_followed_by_grace_sigterm_and_sigkill():
     assert group.tick(group.deadline) == signal.SIGTERM
     assert group.state == STOPPING
     assert group.tick(group.deadline) == signal.SIGKILL
-    assert (group.state, group.deadline, group.tick(1e9)) == (KILLED, None, None)
+    assert (group.state, group.tick(group.deadline - 0.01)) == (KILLED, None)
 
 
 def test_a_later_failure_does_not_extend_the_grace():
@@ -88,4 +90,17 @@ def test_whatever_happens_it_ends_by_sigkill_or_by_itself(events):
     troubled = "signal" in events or (group.state != RUNNING)
     while troubled and group.deadline is not None:
         group.tick(group.deadline)
-    assert group.state == (KILLED if troubled else RUNNING)
+    assert group.state == (ABANDONED if troubled else RUNNING)
+
+
+def test_what_cannot_be_killed_is_left_behind_after_a_while():
+    group = Supervisor(range(2))
+    group.exited(0, 1, now=0.0)
+    assert group.tick(GRACE_SECONDS) == signal.SIGTERM
+    killed = GRACE_SECONDS + STOP_SECONDS
+    assert group.tick(killed) == signal.SIGKILL
+    assert group.deadline == killed + GIVE_UP_SECONDS
+    assert group.tick(killed + GIVE_UP_SECONDS) is None
+    assert (group.state, group.deadline, group.living) == (ABANDONED, None, {1})
+    assert group.signalled(signal.SIGINT, now=killed + GIVE_UP_SECONDS) is None
+    assert group.signalled(signal.SIGINT, now=killed + GIVE_UP_SECONDS) is None

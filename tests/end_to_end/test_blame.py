@@ -154,3 +154,22 @@ def test_a_rank_that_ends_without_leaving_still_says_goodbye(dtrun):
     assert run.returncode == 1
     assert "rank 1 has closed its side" in run.stderr
     assert "Exception ignored" not in run.stderr
+
+
+def test_a_rank_that_is_stuck_in_c_is_named_with_its_line(tmp_path):
+    """It holds the interpreter: its connections are answered all the same, and so is who asks."""
+    body = """
+        from collections import deque
+        from datetime import timedelta
+        from itertools import repeat
+        group = dist.new_group(timeout=timedelta(seconds=0.5))
+        if rank == 1:
+            deque(repeat(0), maxlen=0)
+        dist.all_reduce(x, group=group)
+        """
+    script = tmp_path / "train.py"
+    script.write_text(HEAD + textwrap.dedent(body))
+    ended = dtrun(2, script, "shm")
+    assert ended.code == 1
+    assert "no data from rank 1 for 0.5 s" in ended.err
+    assert 'train.py", line 27, in <module>\n        deque(repeat(0), maxlen=0)\n' in ended.err
