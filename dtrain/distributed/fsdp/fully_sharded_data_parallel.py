@@ -30,9 +30,8 @@ from dtrain.distributed.fsdp.reports import ReportingUnits
 from dtrain.distributed.fsdp.state import ModuleState
 from dtrain.distributed.fsdp.strategies import mesh_for, reshard_after_forward
 from dtrain.distributed.fsdp.summoning import summoned
-from dtrain.distributed.fsdp.unit import Unit
+from dtrain.distributed.fsdp.unit import WRAPPED, Unit, bare
 from dtrain.distributed.fsdp.wrap import chosen_modules, replace_modules
-from dtrain.distributed.fsdp.wrapped_state import WRAPPED
 from dtrain.nn.modules.module import Module
 from dtrain.nn.parallel.distributed import copy_from
 from dtrain.nn.parallel.mixed_precision import cast_floating, map_tensors
@@ -148,12 +147,12 @@ class FullyShardedDataParallel(Module, JoiningUnits, ReportingUnits):
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
         """As without wrappers. A module above this one sees the wrapper's name, as in torch."""
         for name, parameter in super().named_parameters(*args, **kwargs):
-            yield wrapped_state.bare(name), parameter
+            yield bare(name), parameter
 
     def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
         """As without wrappers."""
         for name, buffer in super().named_buffers(*args, **kwargs):
-            yield wrapped_state.bare(name), buffer
+            yield bare(name), buffer
 
     # ---- computing
 

@@ -10,7 +10,7 @@ Owns: `Root`, which the hooks of modules tell what happens. Rules:
    its gradients after its backward pass; else an optimizer's step and load_state_dict `meet` the
    others first. A step inside a hook writes to units that have been reduced.
 3. What comes next is gathered beside what computes: the unit that came next in the forward pass
-   before, and in backward the one that came before in forward; or those that the user names. At
+   before, and in backward the one whose forward ended before; or those that the user names. At
    most `LIMIT` units are being reduced at once, and without names as many are whole.
 4. What a pass does is recorded: a rank that is out of batches does it again, without computing.
 """
@@ -66,6 +66,7 @@ class Root:
         self._flights: deque[Flight] = deque()
         self._forwards: list[ModuleState] = []  # as their forwards began in this pass
         self._before: list[ModuleState] = []  # and in the one before
+        self._ends: list[ModuleState] = []  # as their forwards ended in this pass
         self._late: list[ModuleState] = []  # to be gathered when gradients are complete
         self.announce: Callable[[], None] | None = None  # what is said before a pass: see joining
         self._steps: list[Step] = []  # of this pass
@@ -92,6 +93,7 @@ class Root:
             self._settle()
         if is_grad_enabled():
             self._before, self._forwards, self._steps = self._forwards, [], []
+            self._ends = []
         stale = [unit for unit in self.units if unit.stale and not unit.home.moves]
         for unit in stale:
             unit.publish()
@@ -115,12 +117,17 @@ class Root:
             self._forwards.append(state)
         self._gather(state, state.forward_prefetch, following)
 
+    def end_forward(self, state: ModuleState) -> None:
+        """The forward of a module is over."""
+        if is_grad_enabled() and not self.is_in_backward():
+            self._ends.append(state)
+
     def gather_for_backward(self, state: ModuleState) -> None:
         """Wait for the units of a module whose backward begins, and begin to gather the next."""
         self.record(partial(self.gather_for_backward, state), backward=True)
         self.meter.phase = "backward"
-        at = max((n for n, each in enumerate(self._forwards) if each is state), default=0)
-        before = self._forwards[max(at - 1, 0) : at]
+        at = max((n for n, each in enumerate(self._ends) if each is state), default=0)
+        before = self._ends[max(at - 1, 0) : at]
         self._gather(state, [] if state.prefetches_late else state.backward_prefetch, before)
         self._late = before if state.prefetches_late else []
         for unit in state.units:

@@ -14,7 +14,7 @@ from typing import Any
 from dtrain.autograd.grad_mode import is_grad_enabled
 from dtrain.distributed.fsdp.policies import MixedPrecisionPolicy
 from dtrain.distributed.fsdp.root import Root, meet
-from dtrain.distributed.fsdp.unit import Unit
+from dtrain.distributed.fsdp.unit import Unit, bare
 from dtrain.nn.modules.module import Module
 from dtrain.nn.parallel.mixed_precision import cast_floating, map_tensors
 from dtrain.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
@@ -82,7 +82,7 @@ class ModuleState:
         for state in states:
             state.root = root
             for unit in state.units:
-                unit.where = paths.get(id(state.modules[0]), "")
+                unit.where = bare(paths.get(id(state.modules[0]), ""))
             if state.reshard_after_forward is None:
                 state.reshard_after_forward = state is not self
         return root
@@ -143,6 +143,7 @@ class ModuleState:
     def _end_forward(self) -> None:
         assert self.root is not None
         self.root.record(self._end_forward)
+        self.root.end_forward(self)
         if self.is_root and not self.root.is_in_backward():
             self.root.meter.forward_ended()
         for unit in self.units:

@@ -32,6 +32,17 @@ from dtrain.distributed.fsdp.sharded import facing, sharded_parameter, whole_par
 from dtrain.distributed.world import ProcessGroup
 from dtrain.flat import Array
 
+WRAPPED = "_fsdp_wrapped_module"
+PREFIX = WRAPPED + "."
+_WRAPPERS = (PREFIX, "_checkpoint_wrapped_module.")
+
+
+def bare(name: str) -> str:
+    """A name without those of wrappers."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
 
 class State(enum.Enum):
     """Where the parameters of a unit are."""
@@ -122,8 +133,8 @@ class Unit:
         return self.path_of(0)
 
     def path_of(self, index: int) -> str:
-        """The path of a parameter in the model, as far as it is known."""
-        own = self.slots[index][0].path
+        """The path of a parameter in the bare model, as far as it is known."""
+        own = bare(self.slots[index][0].path)
         return f"{self.where}.{own}" if self.where else own
 
     @property

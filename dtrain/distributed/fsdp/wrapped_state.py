@@ -24,13 +24,10 @@ from dtrain.distributed.fsdp.api import (
     StateDictType,
 )
 from dtrain.distributed.fsdp.state import ModuleState
+from dtrain.distributed.fsdp.unit import PREFIX, bare
 from dtrain.distributed.tensor._api import DTensor
 from dtrain.optim.optimizer import Optimizer
 from dtrain.tensor import Tensor
-
-WRAPPED = "_fsdp_wrapped_module"
-PREFIX = WRAPPED + "."
-_WRAPPERS = (PREFIX, "_checkpoint_wrapped_module.")
 
 _CONFIGS: dict[StateDictType, tuple[type[StateDictConfig], type[OptimStateDictConfig]]] = {
     StateDictType.FULL_STATE_DICT: (FullStateDictConfig, FullOptimStateDictConfig),
@@ -54,13 +51,6 @@ def settings_for(
                 f"Expected state_dict_config of type {expected} but got {type(given)}"
             )
     return StateDictSettings(kind, config, optim_config)
-
-
-def bare(name: str) -> str:
-    """A name without those of wrappers."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
 
 
 def as_chosen(value: Any, kind: StateDictType) -> Any:

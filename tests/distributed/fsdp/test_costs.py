@@ -8,6 +8,7 @@ import pytest
 
 import dtrain as torch
 import dtrain.distributed as dist
+from dtrain.comm.parts import length
 from dtrain.testing.distributed import run_distributed
 from tests.comm.hosts import islands
 from tests.distributed.fsdp import training
@@ -16,7 +17,9 @@ UNITS = 3  # of the GPT: two blocks and the rest
 
 
 def cost_of_a_step(reshard_after_forward):
-    """(bytes sent, calls) of this rank in a later step; elements and parameters of the model."""
+    """(bytes sent, calls) of this rank in a later step; elements and parameters of the model;
+    for each unit the most elements that a rank owns, and its parameters.
+    """
     model = training.sharded(
         "GPT", training.made("GPT"), reshard_after_forward=reshard_after_forward
     )
@@ -31,7 +34,11 @@ def cost_of_a_step(reshard_after_forward):
     after = arrays.statistics()
     sizes = [p.numel() for p in model.parameters()]
     sent = after.bytes_sent - before.bytes_sent
-    return sent, after.completed - before.completed, sum(sizes), len(sizes)
+    units = [
+        (max(map(length, unit.layout.cuts)), len(unit.sharded))
+        for unit in model._fsdp_state.root.units
+    ]
+    return sent, after.completed - before.completed, sum(sizes), len(sizes), units
 
 
 @pytest.mark.parametrize(("wanted", "gathers"), [(True, 2), (False, 1)])
@@ -41,7 +48,7 @@ def test_bytes_and_calls_over_messages(transport, ranks, wanted, gathers):
     parameter to and from everybody.
     """
     found = run_distributed(ranks, cost_of_a_step, wanted, transport=transport)
-    elements, parameters = found[0][2:]
+    elements, parameters = found[0][2:4]
     sent = sum(each[0] for each in found)
     flags = ranks * (ranks - 1) * parameters
     assert sent == 4 * ((gathers + 1) * (ranks - 1) * elements + flags)
@@ -55,12 +62,25 @@ def test_on_one_host_a_step_is_a_barrier_and_a_reduction_for_each_unit(wanted):
     assert all(sent == 0 for sent, *_ in found)
 
 
-def test_hosts_of_several_ranks_gather_once():
-    """Each element goes to the other host once after a change, and once back as a gradient; each
-    rank's flags go there, too.
+@pytest.mark.parametrize(("wanted", "gathers"), [(None, 1), (True, 2)])
+@pytest.mark.parametrize("hosts", [(2, 2), (2, 1), (2, 2, 2)])
+def test_what_crosses_between_hosts_of_several_ranks(hosts, wanted, gathers):
+    """What a rank owns goes to each other host once a gather. Gradients of all ranks' rows go up
+    from host to host, as one sum, and those that the hosts before want come back.
     """
-    found = run_distributed(4, functools.partial(cost_of_a_step, None), transport=islands(2, 2))
-    elements = found[0][2]
-    sent = sum(each[0] for each in found)
-    assert {calls for _, calls, *_ in found} == {2 * UNITS}
-    assert 4 * 2 * elements <= sent <= 4 * 3 * elements
+    world = functools.partial(cost_of_a_step, wanted)
+    found = run_distributed(sum(hosts), world, transport=islands(*hosts))
+    assert {calls for _, calls, *_ in found} == {(gathers + 1) * UNITS}
+    owned = sum(longest for longest, _ in found[0][4])
+    flags = sum(parameters for _, parameters in found[0][4])
+    first = 0
+    for host, ranks in enumerate(hosts):
+        gathered = gathers * ranks * (len(hosts) - 1) * owned
+        up = sum(hosts) * (host < len(hosts) - 1)
+        reduced = (up + first) * (owned + flags)  # `first` ranks are on the hosts before
+        assert sum(each[0] for each in found[first : first + ranks]) == 4 * (gathered + reduced)
+        first += ranks
+    if len(set(hosts)) == 1:  # then all hosts together send as the page says, but for padding
+        shares, elements = len(hosts) - 1, found[0][2]
+        sent = sum(each[0] for each in found)
+        assert sent == pytest.approx(4 * (gathers + 1.5) * elements * shares, rel=0.05)

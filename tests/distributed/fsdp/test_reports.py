@@ -110,11 +110,7 @@ def traced(made, named):
 )
 def test_the_next_unit_is_gathered_under_the_computation_of_the_one_before(made, named):
     for events, done, report, most in run_distributed(2, traced, made, named, transport="zmq"):
-        gathers = {
-            (t.phase, t.unit.removeprefix("_fsdp_wrapped_module.")): t
-            for t in done.transfers
-            if t.kind == "gather"
-        }
+        gathers = {(t.phase, t.unit): t for t in done.transfers if t.kind == "gather"}
         spans = {event.name: event for event in events}
         for this in range(LAYERS - 1):
             following = gathers["forward", str(this + 1)]
@@ -123,6 +119,51 @@ def test_the_next_unit_is_gathered_under_the_computation_of_the_one_before(made,
             assert gathers["backward", str(this)].exposed == 0.0, report
         assert max(whole for whole, _ in most) == LIMIT
         assert max(flights for _, flights in most) <= LIMIT
+
+
+class Nested(nn.Module):
+    """Units in a unit, one behind it, and a head that belongs to the root."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+        self.behind, self.head = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.inner.register_parameter("scale", nn.Parameter(torch.ones(4)))
+        self.inner.register_forward_hook(lambda module, args, output: output * module.scale)
+
+    def forward(self, x):
+        return self.head(self.behind(self.inner(x)))
+
+
+def gathers_of_nested(by):
+    model = Nested()
+    if by is FullyShardedDataParallel:
+        parts = {*model.inner, model.inner, model.behind}
+        model = by(model, auto_wrap_policy=lambda module, recurse, **_: recurse or module in parts)
+    else:
+        for part in (*model.inner, model.inner, model.behind):
+            by(part)
+        by(model)
+    for _ in range(2):
+        model(torch.ones(2, 4)).sum().backward()
+    transfers = model._fsdp_state.root.meter.last.transfers
+    found = [each for each in transfers if each.kind == "gather"]
+    return [
+        [(each.unit, each.ahead) for each in found if each.phase == phase]
+        for phase in ("forward", "backward")
+    ]
+
+
+@pytest.mark.parametrize("by", [fully_shard, FullyShardedDataParallel])
+def test_all_but_the_first_unit_is_gathered_ahead_in_a_tree_of_units(by):
+    """In backward units come in the reverse of the order in which their forwards ended."""
+    for forward, backward in run_distributed(2, gathers_of_nested, by, transport="zmq"):
+        assert [unit for unit, _ in forward] == ["", "inner", "inner.0", "inner.1", "inner.2",
+                                                 "behind"]  # fmt: skip
+        assert [ahead for _, ahead in forward] == [False] + [True] * 5
+        assert [unit for unit, _ in backward] == ["behind", "inner", "inner.2", "inner.1",
+                                                  "inner.0"]  # fmt: skip
+        assert all(ahead for _, ahead in backward), backward
 
 
 def check_trace():

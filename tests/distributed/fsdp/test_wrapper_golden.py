@@ -89,7 +89,7 @@ def events_of_backward(prefetch):
                 unit.home.gather = noted(unit.home.gather, seen, f"gather {unit.name}")
                 unit.reduce = noted(unit.reduce, seen, f"reduce {unit.name}")
         loss.backward()
-    return [event.replace("_fsdp_wrapped_module.", "") for event in seen]
+    return seen
 
 
 def noted(call, seen, what):
