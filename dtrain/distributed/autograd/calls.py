@@ -19,11 +19,12 @@ from dtrain.distributed.autograd.contexts import Context, contexts
 from dtrain.distributed.autograd.edges import Key, receive_node, send_node
 from dtrain.distributed.autograd.passes import Left, Run, Tell, run_backward
 from dtrain.distributed.rpc import current
+from dtrain.distributed.rpc.constants import UNSET_RPC_TIMEOUT
 from dtrain.distributed.rpc.failures import RpcTimeout
 from dtrain.distributed.rpc.functions import Pending, async_execution, outcome
-from dtrain.distributed.rpc.options import UNSET_RPC_TIMEOUT
 from dtrain.distributed.rpc.requests import arguments
 from dtrain.distributed.rpc.rref import RELAY, RRef
+from dtrain.tensor import Tensor
 
 
 class Recorder:
@@ -201,6 +202,10 @@ def propagate(number: int, run: list[int], retain: bool, key: Any, grads: Any) -
 def backward_of(handle: RRef, number: int, retain_graph: bool) -> None:
     """`RRef.backward`, on the owner: in context `number`, or (-1) in this worker alone."""
     value = handle.local_value()
+    if not isinstance(value, Tensor):
+        raise RuntimeError(
+            f"RRef should contain a tensor for .backward(): {handle} has a {type(value).__name__}"
+        )
     if number == -1:
         value.backward(retain_graph=retain_graph)
     else:

@@ -142,6 +142,10 @@ def run_backward(
 
 
 def _checked(roots: Any) -> Any:
+    if not isinstance(roots, list | tuple):
+        raise TypeError(
+            f"roots must be a list of tensors, got {type(roots).__name__}: one is written [loss]"
+        )
     if not roots:
         raise RuntimeError("No tensors provided for gradient computation.")
     for root in roots:

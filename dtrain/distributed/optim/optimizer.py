@@ -26,14 +26,15 @@ class DistributedOptimizer:
     """An `optimizer_class(parameters, *args, **kwargs)` on each worker that owns parameters.
 
     `params_rref`: references to parameters. Blocks until the optimizers are there. Raises what
-    their constructors raise. `remote_optimizers`: references to them.
+    their constructors raise, and TypeError for what is no reference. `remote_optimizers`:
+    references to them.
     """
 
     def __init__(
         self, optimizer_class: type, params_rref: Sequence[RRef], *args: Any, **kwargs: Any
     ) -> None:
         by_owner: dict[Any, list[RRef]] = {}
-        for reference in params_rref:
+        for reference in _checked(optimizer_class, params_rref):
             by_owner.setdefault(reference.owner(), []).append(reference)
         with recording(None):
             self.remote_optimizers = [
@@ -50,6 +51,24 @@ class DistributedOptimizer:
         with recording(None):
             steps = [handle.rpc_async().step(context_id) for handle in self.remote_optimizers]
         wait_all(steps)
+
+
+def _checked(optimizer_class: Any, params_rref: Any) -> list[RRef]:
+    if not isinstance(optimizer_class, type):
+        raise TypeError(
+            f"optimizer_class must be a class, got {type(optimizer_class).__name__}: optimizers "
+            "are made on the workers that own parameters"
+        )
+    if isinstance(params_rref, RRef):
+        raise TypeError("params_rref must be a list of RRefs, got one: write [reference]")
+    references = list(params_rref)
+    for i, reference in enumerate(references):
+        if not isinstance(reference, RRef):
+            raise TypeError(
+                f"params_rref[{i}] must be an RRef, got {type(reference).__name__}: those of this "
+                "worker are made by rpc.RRef(parameter)"
+            )
+    return references
 
 
 class _LocalOptimizer:

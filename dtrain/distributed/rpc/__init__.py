@@ -8,7 +8,10 @@ of torch.distributed.rpc; `export`, `stream`, `statistics`, `get_debug_info`, `R
 
 from dtrain.distributed.rpc import functions as functions
 from dtrain.distributed.rpc.api import (
+    _get_debug_info as _get_debug_info,
+    _set_rpc_timeout as _set_rpc_timeout,
     get_debug_info as get_debug_info,
+    get_rpc_timeout as get_rpc_timeout,
     get_worker_info as get_worker_info,
     init_rpc as init_rpc,
     is_available as is_available,

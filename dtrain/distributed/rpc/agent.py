@@ -359,6 +359,16 @@ class Agent:
             "calls_served": len(self.server.under_way),
         }
 
+    def counts(self) -> dict[str, int]:
+        """How many references, calls and threads there are, under torch's names."""
+        return {
+            **self.references.counts(),
+            "agent.client_active_calls": len(self._calls),
+            "agent.server_active_calls": len(self.server.under_way),
+            "agent.thread_pool_size": self.pool.size,
+            "agent.num_idle_threads": max(0, self.pool.size - self.pool.busy),
+        }
+
     def close(self) -> None:
         """Leave: calls that wait fail, threads end."""
         self._closed = True

@@ -6,16 +6,17 @@ torch.distributed.rpc.
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from typing import Any
 
 from dtrain.distributed.rpc import current
 from dtrain.distributed.rpc.calls import RpcFuture
+from dtrain.distributed.rpc.constants import DEFAULT_SHUTDOWN_TIMEOUT, UNSET_RPC_TIMEOUT
 from dtrain.distributed.rpc.drain import drain
 from dtrain.distributed.rpc.meeting import meet
 from dtrain.distributed.rpc.options import (
-    UNSET_RPC_TIMEOUT,
     BackendType,
     RpcBackendOptions,
     WorkerInfo,
@@ -135,7 +136,27 @@ def get_debug_info() -> dict[str, Any]:
     return info
 
 
-def shutdown(graceful: bool = True, timeout: float = 0) -> None:
+def get_rpc_timeout() -> float:
+    """How long calls of this worker may take that give no timeout, in seconds; 0: for ever."""
+    return float(current.agent().patience)
+
+
+def _set_rpc_timeout(timeout: float) -> None:
+    """Change `get_rpc_timeout`, for later calls. Source: torch.distributed.rpc."""
+    current.agent().patience = timeout_of(timeout)
+
+
+def _get_debug_info() -> dict[str, str]:
+    """Counts under torch's names, and as text, as there; `autograd._get_debug_info` has others.
+
+    References: `num_owner_rrefs` live here, `num_forks` are with other workers,
+    `num_pending_futures` have no value yet, `num_pending_users` are not known to their owner.
+    """
+    counts = current.agent().counts()
+    return {name: str(count) for name, count in counts.items()}
+
+
+def shutdown(graceful: bool = True, timeout: float = DEFAULT_SHUTDOWN_TIMEOUT) -> None:
     """Leave. Source: torch.distributed.rpc.shutdown.
 
     Graceful: blocks until all workers have called it and every call is answered (in an open world:
@@ -146,6 +167,8 @@ def shutdown(graceful: bool = True, timeout: float = 0) -> None:
     agent, patience = current.agent(), timeout_of(timeout)
     try:
         if graceful:
+            if agent.references.holds_others():
+                gc.collect()  # an error that was caught may hold them in a cycle of frames
             drain(agent, time.monotonic() + patience if patience else float("inf"))
             info = agent.debug_info()
             for name, who in info["owned"].items():

@@ -13,6 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dtrain.distributed.rpc.constants import (
+    DEFAULT_INIT_METHOD,
+    DEFAULT_NUM_WORKER_THREADS,
+    DEFAULT_RPC_TIMEOUT_SEC,
+    UNSET_RPC_TIMEOUT,
+)
+
 __all__ = [
     "BackendType",
     "RpcBackendOptions",
@@ -22,9 +29,6 @@ __all__ = [
     "timeout_of",
 ]
 
-DEFAULT_RPC_TIMEOUT_SEC = 60.0
-DEFAULT_NUM_WORKER_THREADS = 16
-UNSET_RPC_TIMEOUT = -1.0
 NAME_LIMIT = 128
 TRANSPORTS = ("unix", "zmq", "tcp")
 
@@ -67,7 +71,7 @@ class RpcBackendOptions:
     """
 
     def __init__(
-        self, rpc_timeout: float = DEFAULT_RPC_TIMEOUT_SEC, init_method: str = "env://"
+        self, rpc_timeout: float = DEFAULT_RPC_TIMEOUT_SEC, init_method: str = DEFAULT_INIT_METHOD
     ) -> None:
         self.rpc_timeout = timeout_of(rpc_timeout)
         self.init_method = init_method
@@ -80,8 +84,8 @@ class TensorPipeRpcBackendOptions(RpcBackendOptions):
 
     `_transports`: the first that is one of ours ("unix", "zmq", "tcp") carries the messages, the
     same on all workers; by default unix sockets on one host and `zmq` where there are several.
-    `device_maps`, `devices` and `_channels` are accepted and ignored: tensors are in the memory of
-    the host.
+    `device_maps`, `devices` (which can be read again) and `_channels` are accepted and ignored:
+    tensors are in the memory of the host.
     """
 
     def __init__(
@@ -89,7 +93,7 @@ class TensorPipeRpcBackendOptions(RpcBackendOptions):
         *,
         num_worker_threads: int = DEFAULT_NUM_WORKER_THREADS,
         rpc_timeout: float = DEFAULT_RPC_TIMEOUT_SEC,
-        init_method: str = "env://",
+        init_method: str = DEFAULT_INIT_METHOD,
         device_maps: Mapping[str, Any] | None = None,
         devices: Sequence[Any] | None = None,
         _transports: Sequence[str] | None = None,
@@ -99,11 +103,18 @@ class TensorPipeRpcBackendOptions(RpcBackendOptions):
         if num_worker_threads < 1:
             raise ValueError(f"num_worker_threads must be at least 1, got {num_worker_threads}")
         self.num_worker_threads = num_worker_threads
+        self.device_maps = dict(device_maps or {})
+        self.devices = list(devices or ())
         ours = [name for name in _transports or () if name in TRANSPORTS]
         self.transport = ours[0] if ours else None
 
     def set_device_map(self, to: str, device_map: Mapping[Any, Any]) -> None:
-        """Accepted and ignored."""
+        """Noted in `device_maps`, and ignored."""
+        self.device_maps[to] = {**self.device_maps.get(to, {}), **device_map}
+
+    def set_devices(self, devices: Sequence[Any]) -> None:
+        """Noted in `devices`, and ignored."""
+        self.devices = list(devices)
 
 
 def check_name(name: Any) -> str:

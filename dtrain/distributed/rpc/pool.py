@@ -20,7 +20,7 @@ class Pool:
     """`size` threads, made when they are first needed, in copies of the maker's context."""
 
     def __init__(self, size: int, name: str) -> None:
-        self._size, self._name = size, name
+        self.size, self._name = size, name
         self._context = contextvars.copy_context()
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -40,7 +40,7 @@ class Pool:
 
     def _reinforce(self) -> None:
         """One more thread if there is work for it and room; with the lock held."""
-        if self._idle < self._queued and len(self._threads) - self._waiting < self._size:
+        if self._idle < self._queued and len(self._threads) - self._waiting < self.size:
             run = self._context.copy().run
             thread = threading.Thread(target=run, args=(self._work,), name=self._name, daemon=True)
             self._threads.add(thread)
@@ -50,7 +50,7 @@ class Pool:
         _here.pool = self
         while True:
             with self._lock:
-                if len(self._threads) - self._waiting > self._size:  # one that waited is back
+                if len(self._threads) - self._waiting > self.size:  # one that waited is back
                     self._threads.discard(threading.current_thread())
                     return
                 self._idle += 1

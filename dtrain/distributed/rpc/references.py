@@ -172,6 +172,22 @@ class References:
         with self._lock:
             return not self._freeing and not self._dropped
 
+    def holds_others(self) -> bool:
+        """Whether there are handles here of values of other workers."""
+        with self._lock:
+            return any(name.owner != self.rank for name in self._handles)
+
+    def counts(self) -> dict[str, int]:
+        """How many there are, as `rpc._get_debug_info` names them."""
+        with self._lock:
+            handles = list(self._handles.values())
+            return {
+                "num_owner_rrefs": len(self.values),
+                "num_forks": sum(len(self._ledger.holders(name)) for name in self.values),
+                "num_pending_futures": sum(not cell.done() for cell in self.values.values()),
+                "num_pending_users": sum(not handle.confirmed_by_owner() for handle in handles),
+            }
+
     def info(self) -> dict[str, Any]:
         """What lives here, who holds it, and what of others is held here."""
         with self._lock:

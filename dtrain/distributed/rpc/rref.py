@@ -13,10 +13,11 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 from dtrain.distributed.rpc import current
+from dtrain.distributed.rpc.constants import UNSET_RPC_TIMEOUT
 from dtrain.distributed.rpc.functions import outcome
 from dtrain.distributed.rpc.ledger import Name
 from dtrain.distributed.rpc.names import export, resolve
-from dtrain.distributed.rpc.options import UNSET_RPC_TIMEOUT, WorkerInfo
+from dtrain.distributed.rpc.options import WorkerInfo
 
 __all__ = ["RRef", "called"]
 

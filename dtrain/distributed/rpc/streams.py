@@ -22,10 +22,11 @@ from weakref import ref
 from dtrain.comm.work import Future
 from dtrain.distributed.rpc import current
 from dtrain.distributed.rpc.calls import RpcFuture
+from dtrain.distributed.rpc.constants import UNSET_RPC_TIMEOUT
 from dtrain.distributed.rpc.failures import RpcTimeout
 from dtrain.distributed.rpc.functions import async_execution
 from dtrain.distributed.rpc.names import export
-from dtrain.distributed.rpc.options import UNSET_RPC_TIMEOUT, patience
+from dtrain.distributed.rpc.options import patience
 from dtrain.distributed.rpc.requests import arguments
 from dtrain.distributed.rpc.rref import RRef, called
 

@@ -10,6 +10,7 @@ import os
 import pickle
 import threading
 from concurrent.futures import CancelledError
+from datetime import timedelta
 from unittest.mock import ANY
 
 import numpy as np
@@ -309,6 +310,53 @@ def spans():
 
 def served_here():
     return rpc.statistics()
+
+
+def test_the_default_timeout_can_be_read_and_changed():
+    def main():
+        assert rpc.get_rpc_timeout() == 20
+        rpc._set_rpc_timeout(timedelta(milliseconds=50))
+        assert rpc.get_rpc_timeout() == 0.05
+        with pytest.raises(rpc.RpcTimeout, match=r"\(50 ms\)"):
+            rpc.rpc_sync("w1", hold)
+        _gate.set()
+        with pytest.raises(ValueError, match="at least 0 seconds"):
+            rpc._set_rpc_timeout(-1)
+        rpc._set_rpc_timeout(0)
+        assert rpc.rpc_sync("w1", echo, (1,)) == 1
+
+    _gate.clear()
+    world(2, main)
+
+
+def counts():
+    return rpc._get_debug_info()
+
+
+def test_counts_have_the_names_of_torch():
+    def main():
+        held = rpc.remote("w1", hold)
+        until(lambda: rpc.rpc_sync("w1", counts)["num_owner_rrefs"] == "1")
+        there = rpc.rpc_sync("w1", counts)
+        assert there["num_forks"] == there["num_pending_futures"] == "1"
+        assert there["num_pending_users"] == "0"
+        assert there["agent.thread_pool_size"] == "4"
+        assert int(there["agent.server_active_calls"]) == 2
+        assert counts()["num_pending_users"] == counts()["agent.client_active_calls"] == "1"
+        _gate.set()
+        held.to_here()
+        assert rpc.rpc_sync("w1", counts)["num_pending_futures"] == "0"
+
+    _gate.clear()
+    world(2, main)
+
+
+def test_options_of_devices_can_be_read_again():
+    options = rpc.TensorPipeRpcBackendOptions(device_maps={"w1": {0: 1}})
+    options.set_device_map("w1", {1: 0})
+    options.set_devices(["cpu"])
+    assert options.device_maps == {"w1": {0: 1, 1: 0}}
+    assert options.devices == ["cpu"]
 
 
 def test_ten_thousand_calls_in_flight_leave_nothing():

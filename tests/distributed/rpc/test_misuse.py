@@ -12,6 +12,8 @@ import pytest
 
 import dtrain as torch
 from dtrain.distributed import autograd as dist_autograd, rpc
+from dtrain.distributed.nn import RemoteModule
+from dtrain.distributed.optim import DistributedOptimizer
 from dtrain.testing.distributed import run_distributed
 from tests.distributed.rpc.worlds import add, echo, world
 
@@ -110,6 +112,34 @@ def test_a_wrong_argument_of_a_method_is_counted_as_its_caller_does():
             rpc.stream("w1", echo, (Plain(),))
         with pytest.raises(AttributeError, match=r"no attribute 'up'.*rpc_sync\(\)\.up\(\.\.\.\)"):
             server.up()
+
+    world(2, main)
+
+
+def test_wrong_ways_to_train_are_told_before_anything_is_sent():
+    def main():
+        with pytest.raises(TypeError, match="must be a class, got an instance of Linear"):
+            RemoteModule("w1/cpu", LAYER)
+        with pytest.raises(TypeError, match=r"args must be a tuple .*Linear, got int"):
+            RemoteModule("w1/cpu", torch.nn.Linear, 2)
+        mine = [rpc.RRef(parameter) for parameter in LAYER.parameters()]
+        for parts, sentence in (
+            ((torch.optim.SGD, mine[0]), r"list of RRefs, got one: write \[reference\]"),
+            ((torch.optim.SGD, [mine[0], LAYER.bias]), r"params_rref\[1\] .*got Parameter"),
+            ((torch.optim.SGD(LAYER.parameters(), 0.1), mine), "must be a class, got SGD"),
+        ):
+            with pytest.raises(TypeError, match=sentence):
+                DistributedOptimizer(*parts, lr=0.1)
+        with dist_autograd.context() as context:
+            loss = LAYER(torch.ones(2)).sum()
+            with pytest.raises(TypeError, match=r"list of tensors, got Tensor: .* \[loss\]"):
+                dist_autograd.backward(context, loss)
+        for owner in (0, 1):
+            number = rpc.remote(owner, echo, (5,))
+            with dist_autograd.context() as context:
+                sentence = r"should contain a tensor for .backward\(\): .* has a int"
+                with pytest.raises(RuntimeError, match=sentence):
+                    number.backward(context)
 
     world(2, main)
 

@@ -6,6 +6,7 @@ call of the first has come there. At the end, values let go of each other across
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
 
@@ -80,6 +81,28 @@ def chain(length):
 def test_what_is_let_go_of_link_by_link_is_no_leak(caplog):
     with caplog.at_level(logging.WARNING, "dtrain.rpc"):
         world(2, chain, 12)
+    assert not caplog.records
+
+
+def refuse(reference):
+    raise LookupError("no")
+
+
+def caught(reference):
+    """Its frame holds the reference, a caught error its frame, and the frame the error."""
+    try:
+        rpc.rpc_sync("w1", refuse, (reference,))
+    except LookupError as error:
+        cycle = error  # noqa: F841
+
+
+def test_a_reference_in_a_cycle_of_garbage_is_no_leak(caplog):
+    gc.disable()
+    try:
+        with caplog.at_level(logging.WARNING, "dtrain.rpc"):
+            world(2, lambda: caught(rpc.remote("w1", Link, (None,))))
+    finally:
+        gc.enable()
     assert not caplog.records
 
 

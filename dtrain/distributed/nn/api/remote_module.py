@@ -16,6 +16,7 @@ from dtrain.comm.work import Future
 from dtrain.device import on_cpu
 from dtrain.distributed.rpc import current
 from dtrain.distributed.rpc.api import remote, rpc_async, rpc_sync
+from dtrain.distributed.rpc.requests import arguments
 from dtrain.distributed.rpc.rref import RRef
 from dtrain.nn.modules.module import Module
 
@@ -78,7 +79,13 @@ class RemoteModule(Module):
     ) -> None:
         on, place = _parse(remote_device)
         current.agent().worker(on)
-        made = remote(on, _create_module, (module_cls, args or (), kwargs or {}, place))
+        if isinstance(module_cls, Module):
+            raise TypeError(
+                f"module_cls must be a class, got an instance of {type(module_cls).__name__}: "
+                "it is made on the worker, RemoteModule(remote_device, module_cls, args, kwargs)"
+            )
+        args, kwargs = arguments(module_cls, args, kwargs)
+        made = remote(on, _create_module, (module_cls, args, kwargs, place))
         made._get_future().wait()
         self._become(on, place, made)
 
