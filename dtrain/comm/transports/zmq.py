@@ -42,8 +42,8 @@ from dtrain.wire import CHUNK, Header, WireError, pack, unpack
 __all__ = ["TcpTransport", "Unreachable", "ZmqTransport"]
 
 # Kinds of messages. INLINE carries note and payload behind its header, DATA and MORE in a second
-# frame; STRANGE is no message of ours.
-INLINE, DATA, MORE, NEWS, GOODBYE, WAKE, STRANGE = range(7)
+# frame; STRANGE is no message of ours; PARTED says that the sender takes the receiver for lost.
+INLINE, DATA, MORE, NEWS, GOODBYE, WAKE, STRANGE, PARTED = range(8)
 
 GRACE, FAR_GRACE = 0.2, 0.5
 # As soon as its process has ended, all that it ever sent is in this host's kernel.
@@ -208,12 +208,24 @@ class ZmqTransport(PumpedTransport):
 
     def _connect(self, peer: int) -> None:
         if peer not in self._connected:
-            self._outbox.setsockopt(zmq.CONNECT_ROUTING_ID, b"r%d" % peer)
-            if self._network is not None and peer in self._far:
-                self._network.connect(self._outbox, peer)
-            else:
-                security.connect(self._outbox, self._peers[peer].address)
+            self._dial(peer, b"r%d" % peer)
             self._connected.add(peer)
+
+    def _dial(self, peer: int, routing_id: bytes) -> None:
+        self._outbox.setsockopt(zmq.CONNECT_ROUTING_ID, routing_id)
+        if self._network is not None and peer in self._far:
+            self._network.connect(self._outbox, peer)
+        else:
+            security.connect(self._outbox, self._peers[peer].address)
+
+    def _part(self, peer: int) -> None:
+        """Tell `peer`, which is lost to this rank but may live, over a new connection: it would
+        wait for what never comes. If it is dead, nobody hears it.
+        """
+        with self._out_lock, contextlib.suppress(zmq.ZMQError):  # dead
+            self._dial(peer, b"p%d" % peer)
+            self._outbox.send(b"p%d" % peer, _MORE)
+            self._outbox.send(pack(Header(PARTED, self.rank, job=self._job)))
 
     def _loss_of(self, peer: int) -> DistError:
         """Wait until it is known whether `peer`, whose connection broke, died or said goodbye."""
@@ -325,6 +337,9 @@ class ZmqTransport(PumpedTransport):
         elif kind == GOODBYE:
             self._suspects.pop(src, None)
             self.mailbox.lose(src, PeerLost(src, orderly=True))
+        elif kind == PARTED:
+            how = "the connection between them broke, and it takes this rank for lost"
+            self.mailbox.lose(src, PeerLost(src, how=how))
         elif kind == WAKE:
             self.mailbox.touch()
         else:
@@ -343,6 +358,8 @@ class ZmqTransport(PumpedTransport):
             if now >= since + self._grace(peer):
                 self._suspects.pop(peer, None)
                 self.mailbox.lose(peer, PeerLost(peer))
+                if peer in self._far:
+                    self._part(peer)
 
     def _grace(self, rank: int) -> float:
         """How long a goodbye may take to be read after the connection broke."""

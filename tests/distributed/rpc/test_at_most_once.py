@@ -1,7 +1,8 @@
 """Calls while connections are dropped: each is run at most once, each caller gets its end.
 
 One of a hundred calls finds that somebody has just cut all connections of its worker, without a
-goodbye; the worker comes back under its name. `make stress` makes 100,000 calls.
+goodbye; the worker comes back under its name. Over TCP they are cut on the wire, while both workers
+live. `make stress` makes 100,000 calls.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import pytest
 from dtrain.distributed import rpc
 from dtrain.errors import PeerLost
 from tests.distributed.rpc.test_open import Other, pytestmark as pytestmark, url as url, worker
+from tests.distributed.rpc.worlds import cut, inbox_port
 
 CALLS = int(os.environ.get("DTRAIN_TEST_CALLS") or 2000)
 NAMES = ("b0", "b1", "b2")
@@ -42,10 +44,17 @@ class Callers:
     def drop(self, name):
         if self.locks[name].acquire(blocking=False):  # else: it is being dropped
             try:
-                self.others[name].go("vanish")
+                self.cut(self.others[name])
                 self.others[name] = Other(self.where, name)
             finally:
                 self.locks[name].release()
+
+    def cut(self, other):
+        if self.where.startswith("tcp:"):
+            assert cut(inbox_port(other.agent)) > 0
+            other.go()
+        else:
+            other.go("vanish")
 
     def call(self, me):
         dice = random.Random(me)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import threading
+from contextlib import suppress
 
 import dtrain as torch
 from dtrain.distributed import rpc
@@ -28,6 +31,31 @@ def served(main, over, threads, options, *args):
     result = main(*args) if rank == 0 else None
     rpc.shutdown(timeout=20)
     return result
+
+
+def inbox_port(agent):
+    """The TCP port at which a worker of an open world hears others."""
+    return int(agent._line._transport._door.address.rpartition(":")[2])
+
+
+def cut(port):
+    """Break the TCP connections that this process has made to `port`; how many there were."""
+    broken = 0
+    for descriptor in map(int, os.listdir("/proc/self/fd")):
+        try:
+            copy = os.dup(descriptor)
+        except OSError:  # the one that listed the directory
+            continue
+        try:
+            connection = socket.socket(fileno=copy)
+        except OSError:  # not a socket
+            os.close(copy)
+            continue
+        with connection, suppress(OSError):  # not connected
+            if connection.family == socket.AF_INET and connection.getpeername()[1] == port:
+                connection.shutdown(socket.SHUT_RDWR)
+                broken += 1
+    return broken
 
 
 def messages(body):
