@@ -26,7 +26,7 @@ from dtrain.ops.create import hollow, register_meta
 from dtrain.tensor import Tensor
 
 NO_DATA = "Cannot copy out of meta tensor; no data!"
-_ADVICE = (
+ADVICE = (
     "A tensor on the meta device has no values: give it some first, as by "
     'module.to_empty(device="cpu") and reset_parameters(), or load_state_dict(..., assign=True)'
 )
@@ -83,17 +83,17 @@ class Meta(Tensor):
     # --- what would need values ---
 
     def _refuse(self, name: str) -> Any:
-        raise NotImplementedError(f"{NO_DATA} ({name}, of shape {list(self.shape)}) {_ADVICE}")
+        raise NotImplementedError(f"{NO_DATA} ({name}, of shape {list(self.shape)}) {ADVICE}")
 
     def numpy(self, *, force: bool = False) -> Any:
         """TypeError: there is nothing."""
         raise TypeError(
             "can't convert meta device type tensor to numpy. Use Tensor.cpu() to copy the tensor "
-            f"to host memory first. {_ADVICE}"
+            f"to host memory first. {ADVICE}"
         )
 
     def _no_number(self) -> Any:
-        raise RuntimeError(f"Tensor.item() cannot be called on meta tensors. {_ADVICE}")
+        raise RuntimeError(f"Tensor.item() cannot be called on meta tensors. {ADVICE}")
 
     def item(self) -> Any:
         """RuntimeError: there is nothing."""
@@ -219,7 +219,7 @@ def infer(op: Op | Whole, inputs: tuple[Any, ...], attrs: dict[str, Any]) -> Any
                 value._refuse(op.name)  # type: ignore[attr-defined]
             raise RuntimeError(
                 "Expected all tensors to be on the same device, but found at least two devices, "
-                f"meta and cpu! (in {op.name}) {_ADVICE}"
+                f"meta and cpu! (in {op.name}) {ADVICE}"
             )
     with no_grad(), np.errstate(all="ignore"):
         result = _element_by_element(op, inputs) if _is_pointwise(op) else None

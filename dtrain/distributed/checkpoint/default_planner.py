@@ -20,6 +20,7 @@ import numpy as np
 
 from dtrain import dtypes
 from dtrain.autograd.node import make
+from dtrain.autograd.value import need_whole
 from dtrain.distributed.checkpoint._nested_dict import (
     Path,
     flatten_state_dict,
@@ -83,7 +84,9 @@ def own_chunk(fqn: str, tensor: Any) -> ChunkStorageMetadata | None:
 
 
 def array_of(tensor: Any) -> Any:
-    """The memory of a tensor on this rank."""
+    """The memory of a tensor on this rank. NotImplementedError where it has no values."""
+    if isinstance(tensor, Tensor) and tensor.is_meta:
+        need_whole("a checkpoint", tensor)
     return tensor._data if isinstance(tensor, Tensor) else tensor
 
 

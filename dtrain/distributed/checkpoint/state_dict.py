@@ -249,7 +249,8 @@ def set_model_state_dict(
 ) -> _IncompatibleKeys:
     """Copy a state dict by names of the bare model into the model's tensors.
 
-    Whole tensors are cut for parameters that are. RuntimeError lists sizes that do not fit and, if
+    Whole tensors are cut for parameters that are; a model on the meta device gets its values so.
+    RuntimeError lists sizes that do not fit and, if
     strict, names without counterpart; what did fit has been loaded by then, as in torch.
     """
     options, names = _checked(options), _Names(model)
@@ -267,7 +268,8 @@ def set_model_state_dict(
         whole = isinstance(value, Tensor) and not isinstance(value, DTensor)
         if isinstance(target, DTensor) and whole and value.shape == target.shape:
             state[key] = _fitting(target, value._data)
-    found = model.load_state_dict(state, strict=False)
+    assign = any(tensor.is_meta for tensor in own.values() if isinstance(tensor, Tensor))
+    found = model.load_state_dict(state, strict=False, assign=assign)
     frozen = names.frozen() if options.ignore_frozen_params else set()
     missing = [names.of(key) for key in found.missing_keys if names.of(key) not in frozen]
     result = _IncompatibleKeys(missing, found.unexpected_keys)

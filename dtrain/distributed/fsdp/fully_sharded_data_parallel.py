@@ -25,6 +25,7 @@ from dtrain.distributed.fsdp.api import (
 )
 from dtrain.distributed.fsdp.joining import JoiningUnits
 from dtrain.distributed.fsdp.making import make_state
+from dtrain.distributed.fsdp.materializing import begin_with_the_first, give_values
 from dtrain.distributed.fsdp.policies import MixedPrecisionPolicy
 from dtrain.distributed.fsdp.reports import ReportingUnits
 from dtrain.distributed.fsdp.state import ModuleState
@@ -33,7 +34,6 @@ from dtrain.distributed.fsdp.summoning import summoned
 from dtrain.distributed.fsdp.unit import WRAPPED, Unit, bare
 from dtrain.distributed.fsdp.wrap import chosen_modules, replace_modules
 from dtrain.nn.modules.module import Module
-from dtrain.nn.parallel.distributed import copy_from
 from dtrain.nn.parallel.mixed_precision import cast_floating, map_tensors
 from dtrain.nn.utils.clip_grad import clip_grad_norm_
 from dtrain.optim.optimizer import Optimizer
@@ -58,9 +58,12 @@ class FullyShardedDataParallel(Module, JoiningUnits, ReportingUnits):
     sync_module_states  begin with the first rank's parameters and buffers. Without it each rank
                     keeps its own rows of its own values: ranks are expected to be equal.
     use_orig_params     is always so: parameters keep their names, shapes and number.
-    param_init_fn, device_id, limit_all_gathers, forward_prefetch   accepted, and change nothing:
-                    there is one device, at most two units are gathered or reduced at a time, and
-                    the next unit is always gathered beside forward.
+    param_init_fn   called on modules that are on the meta device, to give them memory and values;
+                    without it they need a `reset_parameters`. One wrapper after the other, inner
+                    ones first, so that no rank holds more than one whole.
+    device_id, limit_all_gathers, forward_prefetch   accepted, and change nothing: there is one
+                    device, at most two units are gathered or reduced at a time, and the next unit
+                    is always gathered beside forward.
 
     Parameters are those of `fully_shard`: DTensors outside of forward, `grad` as well. All ranks
     construct it; waits for them. ValueError for arguments that do not go together.
@@ -94,15 +97,17 @@ class FullyShardedDataParallel(Module, JoiningUnits, ReportingUnits):
         kept = _Ignored(ignored_modules, ignored_states)
         self.sharding_strategy, self.mixed_precision = strategy, mixed_precision or MixedPrecision()
         self._state_dict_settings = wrapped_state.settings_for(StateDictType.FULL_STATE_DICT)
-        if sync_module_states:
-            _begin_with_the_first(module, mesh, kept.parameters)
         if auto_wrap_policy is not None:
             below = {
                 **{"sharding_strategy": strategy, "device_mesh": _given(mesh, strategy)},
                 **{"backward_prefetch": backward_prefetch, "mixed_precision": mixed_precision},
                 **{"ignored_states": kept.states, "cpu_offload": cpu_offload},
+                **{"param_init_fn": param_init_fn, "sync_module_states": sync_module_states},
             }
             _wrap_below(module, auto_wrap_policy, kept, below)
+        give_values(module, param_init_fn, kept.modules, kept.ids)
+        if sync_module_states:
+            begin_with_the_first(module, mesh, kept.modules, kept.ids)
         self._fsdp_wrapped_module = module
         self._cast_buffers(kept.parameters)
         policy = MixedPrecisionPolicy(
@@ -362,14 +367,6 @@ def _given(mesh: DeviceMesh, strategy: ShardingStrategy) -> DeviceMesh | None:
     if strategy is ShardingStrategy.NO_SHARD:
         return DeviceMesh.from_group(mesh.get_group(0), "cpu")
     return mesh
-
-
-def _begin_with_the_first(module: Module, mesh: DeviceMesh, kept: Iterable[Tensor]) -> None:
-    ignored = {id(tensor) for tensor in kept}
-    found = {id(t): t for t in (*module.parameters(), *module.buffers()) if id(t) not in ignored}
-    tensors = [t for t in found.values() if not hasattr(t, "_fsdp")]
-    for axis in reversed(range(mesh.ndim)):  # within the shares, then from the first of them
-        copy_from(0, tensors, mesh.get_group(axis))
 
 
 def _wrap_below(module: Module, policy: Any, kept: _Ignored, options: dict[str, Any]) -> None:

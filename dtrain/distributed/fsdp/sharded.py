@@ -1,7 +1,8 @@
 """The two faces of a parameter: what each rank owns, and the whole that forward computes with.
 
 Owns: `Whole`, the leaf that stands in the module during forward, and `Sharded`, the DTensor that
-stands there otherwise and that optimizers hold. Rule: a sharded parameter never leaves its memory,
+stands there otherwise and that optimizers hold; of a model on the meta device that is an
+`EmptySharded` first. Rule: a sharded parameter never leaves its memory,
 and every change of it is counted: other ranks read it where it is, or are sent it when it changed.
 """
 
@@ -14,12 +15,14 @@ import numpy as np
 from dtrain.autograd.grad_mode import enable_grad
 from dtrain.autograd.node import make
 from dtrain.autograd.value import PARTS
+from dtrain.device import META, device
 from dtrain.distributed.device_mesh import DeviceMesh
 from dtrain.distributed.fsdp.offload import mapped
 from dtrain.distributed.tensor._api import DTensor, DTensorParameter, wrap
 from dtrain.distributed.tensor._dtensor_spec import DTensorSpec
 from dtrain.distributed.tensor.placement_types import Replicate, Shard, _StridedShard
 from dtrain.flat import Array
+from dtrain.meta import ADVICE, NO_DATA, meta_tensor
 from dtrain.nn.parameter import Parameter
 from dtrain.tensor import rebuild
 
@@ -61,6 +64,7 @@ class Sharded(DTensorParameter):
     __slots__ = ()
 
     _fsdp: Unit
+    _stays = True
 
     @property
     def data(self) -> Any:
@@ -109,12 +113,94 @@ class Sharded(DTensorParameter):
 PARTS[Sharded] = PARTS[DTensor]
 
 
+class WithoutValues(DTensor):
+    """A sharded parameter of a model on the meta device, or what a state dict shows of it: memory
+    for this rank's rows is there, values are not. Whoever asks for them gets an error.
+    """
+
+    __slots__ = ()
+
+    is_meta = True
+
+    @property
+    def device(self) -> device:
+        return META
+
+    def _refuse(self, name: str) -> Any:
+        raise NotImplementedError(f"{NO_DATA} ({name}, of {self._spec}) {ADVICE}")
+
+    _whole = _refuse
+
+    def detach(self) -> Any:
+        return wrap(make(self._data), self._spec, WithoutValues)
+
+    @property
+    def data(self) -> Any:
+        """Itself outside of any graph."""
+        return self.detach()
+
+    def to_local(self, *, grad_placements: Any = None) -> Any:
+        """This rank's rows, a meta tensor."""
+        return meta_tensor(self._data)
+
+    def redistribute(self, *args: Any, **kwargs: Any) -> Any:
+        """NotImplementedError: there is nothing to send."""
+        return self._refuse("redistribute")
+
+    def _put(self, index: Any, value: Any, part: bool) -> None:
+        """Nothing, as for any meta tensor."""
+
+    def _update(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self
+
+    def __repr__(self) -> str:
+        text = f"DTensor(local_tensor={self.to_local()}, device_mesh={self.device_mesh}, "
+        text += f"placements={self.placements})"
+        return f"Parameter containing:\n{text}" if isinstance(self, Parameter) else text
+
+
+class EmptySharded(WithoutValues, Sharded):
+    """A sharded parameter before it gets values, by `data = ` or what calls that: `to_empty`,
+    `load_state_dict(assign=True)`. It is a `Sharded` then, and the same object.
+    """
+
+    __slots__ = ()
+
+    @property
+    def data(self) -> Any:
+        """Itself outside of any graph; setting it gives this rank's rows their values."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        if value.is_meta:
+            return
+        self.__class__ = Sharded  # type: ignore[assignment]
+        try:
+            self.data = value
+        except TypeError:
+            self.__class__ = EmptySharded
+            raise
+
+    def _kin(self, data: Any) -> Any:
+        """What is about to be copied into it: not for a file."""
+        return DTensor._kin(self, data)
+
+
+def _without_values(op: Any, inputs: tuple[Any, ...], attrs: dict[str, Any]) -> Any:
+    return next(v for v in inputs if isinstance(v, WithoutValues))._refuse(op.name)
+
+
+PARTS[WithoutValues] = PARTS[EmptySharded] = _without_values
+
+
 def sharded_parameter(local: Array, original: Parameter, mesh: DeviceMesh, unit: Unit) -> Sharded:
-    """What this rank owns of `original`, as a DTensor parameter.
+    """What this rank owns of `original`, as a DTensor parameter; without values if that has none.
 
     If that is a DTensor already, cut along another axis of the same mesh of all, its parts are cut.
     """
-    sharded: Any = wrap(make(local), _spec_of(original, mesh), Sharded)
+    cls = EmptySharded if original.is_meta else Sharded
+    sharded: Any = wrap(make(local), _spec_of(original, mesh), cls)
     sharded._requires_grad = original._requires_grad
     sharded._fsdp = unit
     return sharded  # type: ignore[no-any-return]

@@ -102,7 +102,8 @@ class Unit:
         views = self.layout.views(self.home.array)
         for index, parameter in enumerate(parameters):
             shard = self.home.shards[index]
-            np.copyto(shard, arrays[index][self.layout.rows(index, rank)])
+            if not parameter.is_meta:
+                np.copyto(shard, arrays[index][self.layout.rows(index, rank)])
             sharded = sharded_parameter(shard, parameter, mesh, self)
             whole = whole_parameter(views[index], self, index)
             self.sharded.append(sharded)
@@ -166,11 +167,18 @@ class Unit:
 
     def publish(self) -> None:
         """Let the other ranks of this host see this rank's shards, once all have met."""
+        if self._published < 0:
+            self._need_values()
         self.home.publish()
         self._published = self.written()
 
     def begin(self, *, async_op: bool) -> None:
-        """Start to gather, unless it is whole, or on its way; all ranks do."""
+        """Start to gather, unless it is whole, or on its way; all ranks do.
+
+        RuntimeError while a parameter has no values.
+        """
+        if self._published < 0:
+            self._need_values()
         if self.stale and not self.home.moves:
             self.publish()
             self.group.issue(Barrier())
@@ -184,6 +192,16 @@ class Unit:
             work = self.home.gather(self.group, self.name, async_op)
             self._gathering = None if work is None else Issued(work, now, async_op)
         self.state = State.GATHERING
+
+    def _need_values(self) -> None:
+        empty = [self.path_of(i) for i, p in enumerate(self.sharded) if p.is_meta]
+        if empty:
+            raise RuntimeError(
+                "FSDP parameters should be materialized from meta device before training, but the "
+                f"following were still on meta device: {empty}\nFor example, call "
+                "module.to_empty(device) to materialize to device and call "
+                "module.reset_parameters() on each module to initialize values."
+            )
 
     def finish(self, asked: float | None = None) -> None:
         """Wait until it is whole. `asked`: when it was asked for, if not now."""

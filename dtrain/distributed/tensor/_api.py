@@ -287,9 +287,10 @@ class DTensor(Guarded):
         return whole[tuple([slice(o, o + n) for o, n in zip(offsets, sizes, strict=True)])]
 
     def _put(self, index: Any, value: Any, part: bool) -> None:
-        """`self[index] = value` for an index that means all of it."""
+        """`self[index] = value` for an index that means all of it, or of a number to a row."""
         if part:
-            self._refuse("assignment to a part by index")
+            self._put_row(index, value)
+            return
         if isinstance(value, np.ndarray) and value.ndim:
             value = self._cut(value, "assignment")
         elif isinstance(value, Tensor) and (value.__class__ in PARTS or value.ndim):
@@ -298,6 +299,20 @@ class DTensor(Guarded):
             self._refuse("assignment of a number to contributions")
         self._refuse_recording(value)
         put(make(self._data), ..., value, part=False)
+        self._bump_version()
+
+    def _put_row(self, index: Any, value: Any) -> None:
+        """`self[row] = number`: those ranks write that have a part of the row."""
+        plain = isinstance(index, int) and isinstance(value, (int, float))
+        if not plain or not self.ndim or self._spec.is_partial:
+            self._refuse("assignment to a part by index, but for a number to a row,")
+        count = self._spec.shape[0]
+        if not -count <= index < count:
+            raise IndexError(f"index {index} is out of bounds for dimension 0 with size {count}")
+        self._refuse_recording()
+        row = index % count - self._spec.box[0][0]
+        if 0 <= row < self._spec.box[1][0]:
+            put(make(self._data), row, value)
         self._bump_version()
 
     def _update(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -390,6 +405,8 @@ def as_placed(value: Any, spec: DTensorSpec, what: str) -> Tensor:
         )
     if value._spec.mesh != spec.mesh or value._spec.shape != spec.shape:
         raise RuntimeError(f"{what}: expected a DTensor like {spec}, got {value._spec}")
+    if value.is_meta:
+        value._refuse(what)
     part: Tensor = redistribute(local_of(value), value._spec, spec.placements)
     return part
 

@@ -19,7 +19,7 @@ from typing import Any
 from dtrain.autograd.grad_mode import grad_enabled
 from dtrain.autograd.node import Node
 from dtrain.autograd.op import ALIAS
-from dtrain.autograd.value import PARTS, Value
+from dtrain.autograd.value import PARTS, Value, need_whole
 from dtrain.distributed.device_mesh import DeviceMesh
 from dtrain.distributed.tensor._api import DTensor, DTensorParameter, local_of, wrap
 from dtrain.distributed.tensor._dtensor_spec import DTensorSpec
@@ -79,9 +79,10 @@ def _common_mesh(op: Any, inputs: Sequence[Any]) -> DeviceMesh:
 def _spec_of(op: Any, value: Any, mesh: DeviceMesh) -> Any:
     """The spec of a tensor; anything else is itself."""
     if isinstance(value, DTensor):
-        return value._spec
+        return value._refuse(op.name) if value.is_meta else value._spec
     if not isinstance(value, Value):
         return value
+    need_whole(op.name, value)
     if value._data.ndim:
         raise RuntimeError(
             f"{op.name}: got mixed dtrain.Tensor and DTensor, need to convert all dtrain.Tensor to "

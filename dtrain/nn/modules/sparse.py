@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from dtrain import dtypes
+from dtrain.autograd.grad_mode import no_grad
 from dtrain.nn import functional as F, init
 from dtrain.nn.modules.module import Module
 from dtrain.nn.parameter import Parameter
@@ -62,7 +63,8 @@ class Embedding(Module):
         """Draw the weight from normal(0, 1) and set the row of `padding_idx` to 0."""
         init.normal_(self.weight)
         if self.padding_idx is not None:
-            init.zeros_(self.weight.detach()[self.padding_idx])
+            with no_grad():
+                self.weight[self.padding_idx] = 0
 
     @classmethod
     def from_pretrained(

@@ -197,7 +197,7 @@ def check_refusals():
         lambda: torch.nonzero(cut), lambda: torch.unique(cut), lambda: torch.bernoulli(cut),
         lambda: torch.tensor(cut), lambda: torch.save(cut, io.BytesIO()), lambda: cut.t_(),
         lambda: dist.all_reduce(cut), lambda: dist.all_gather_object([None] * 2, cut),
-        lambda: torch.autograd.grad(cut, cut), lambda: cut.__setitem__(0, 1.0),
+        lambda: torch.autograd.grad(cut, cut), lambda: cut.__setitem__(slice(1), 1.0),
         lambda: torch.rand_like(cut), lambda: torch.zeros(5).copy_(cut), lambda: copy.copy(cut),
     ):  # fmt: skip
         with pytest.raises(RuntimeError, match="is not supported for a DTensor"):
