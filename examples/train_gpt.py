@@ -69,15 +69,18 @@ def batch_of(text, size, context, seed):
     return pieces[:, :-1].contiguous(), pieces[:, 1:].contiguous()
 
 
-def full_state(model, optimizer, new=None):
-    """Both by the model's names and in whole tensors, given or set: a call of all ranks."""
+def checkpoint(path, model, optimizer, step=None):
+    """Save both by the model's names, each rank its part; without `step` load them, and give it."""
+    dcp = importlib.import_module(f"{dist.__name__}.checkpoint")
     tools = importlib.import_module(f"{dist.__name__}.checkpoint.state_dict")
-    whole = tools.StateDictOptions(full_state_dict=True)
-    if new is None:
-        return tools.get_state_dict(model, optimizer, options=whole)
-    return tools.set_state_dict(
-        model, optimizer, model_state_dict=new[0], optim_state_dict=new[1], options=whole
-    )
+    held, moments = tools.get_state_dict(model, optimizer)
+    state = {"model_state_dict": held, "optim_state_dict": moments, "step": step}
+    if step is not None:
+        return dcp.save(state, checkpoint_id=path)
+    dcp.load(state, checkpoint_id=path)
+    step = state.pop("step")
+    tools.set_state_dict(model, optimizer, **state)
+    return step
 
 
 @torch.no_grad()
@@ -92,7 +95,7 @@ def sample(model, prompt, length):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="a file to learn from, instead of the standard library")
-    parser.add_argument("--checkpoint", default="gpt.pt", help="written every 40 steps")
+    parser.add_argument("--checkpoint", default="checkpoints/gpt", help="made every 40 steps")
     parser.add_argument("--fsdp", action="store_true", help="fully sharded, not replicated")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint, if any")
     for option, default in {"steps": 800, "batch-size": 16, "context": 64, "seed": 0}.items():
@@ -110,10 +113,8 @@ def main():
     for part in (*model.blocks, model) if args.fsdp else ():  # a unit for each block and the rest
         importlib.import_module(f"{dist.__name__}.fsdp").fully_shard(part)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
-    first = 0
-    if args.resume and os.path.exists(args.checkpoint):
-        state, first = torch.load(args.checkpoint)
-        full_state(model, optimizer, state)
+    resume = args.resume and os.path.exists(args.checkpoint)
+    first = checkpoint(args.checkpoint, model, optimizer) if resume else 0
     ddp = nn.parallel.DistributedDataParallel(model) if launched and not args.fsdp else model
     share, begin = args.batch_size // world, time.time()
     for step in range(first, args.steps):
@@ -129,7 +130,7 @@ def main():
             mean = loss.detach() / world
             if launched:
                 dist.all_reduce(mean)
-            state = full_state(model, optimizer)
+            checkpoint(args.checkpoint, model, optimizer, step + 1)
             with torch.no_grad():
                 held_out = model(*batch_of(valid, 16, args.context, 0))
             if rank == 0:
@@ -137,7 +138,6 @@ def main():
                 speed, left = args.batch_size * args.context / pace, pace * (args.steps - 1 - step)
                 print(f"step {step:4d}  loss {mean.item():.4f}  valid {held_out.item():.4f}  "
                       f"{speed:6.0f} tokens/s  {left:3.0f} s left", flush=True)  # fmt: skip
-                torch.save((state, step + 1), args.checkpoint)
     text = sample(model, "def ", 240)
     if rank == 0:
         print(text)

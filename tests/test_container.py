@@ -83,7 +83,7 @@ def test_no_secret_is_in_the_environment_or_on_a_command_line():
 
 def test_the_nodes_share_checkpoints_that_any_user_may_write():
     for words in commands(COMPOSE):
-        assert words[words.index("--checkpoint") + 1] == "/checkpoints/gpt.pt"
+        assert words[words.index("--checkpoint") + 1] == "/checkpoints/gpt"
     assert re.search(r"^volumes:\n  checkpoints:$", COMPOSE, re.MULTILINE)
     assert "install --directory --mode 1777 /checkpoints" in DOCKERFILE
     assert DOCKERFILE.index("/checkpoints") < DOCKERFILE.index("USER")

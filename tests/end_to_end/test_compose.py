@@ -76,7 +76,7 @@ def read_step(process, step):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """The losses of four ranks on one host."""
-    path = tmp_path_factory.mktemp("alone") / "gpt.pt"
+    path = tmp_path_factory.mktemp("alone") / "gpt"
     options = ["--steps", LAST + 1, "--checkpoint", path]
     run = dtrun(4, ROOT / SCRIPT, *SMALL, *options, timeout=120)
     assert run.code == 0, run.err
@@ -91,7 +91,7 @@ def test_a_slow_link_changes_nothing_but_the_time(tmp_path, alone):
         (code, out, err), (other, _, _) = ended(job.start(0), job.start(1))
     assert (code, other) == (0, 0), err
     assert losses(out)[0] == alone[0]
-    assert (tmp_path / "checkpoints" / "gpt.pt").exists()
+    assert (tmp_path / "checkpoints" / "gpt" / "manifest.json").exists()
 
 
 @pytest.mark.parametrize("how", ["killed", "cut off"])
