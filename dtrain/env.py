@@ -76,7 +76,7 @@ class LaunchEnv:
             world_size=meeting.world_size,
             master_addr=meeting.master_addr,
             master_port=meeting.master_port,
-            local_rank=_optional_integer(environ, "LOCAL_RANK"),
+            local_rank=local_rank(environ),
             local_world_size=_optional_integer(environ, "LOCAL_WORLD_SIZE"),
             group_rank=_optional_integer(environ, "GROUP_RANK"),
             group_world_size=_optional_integer(environ, "GROUP_WORLD_SIZE"),
@@ -90,6 +90,12 @@ class LaunchEnv:
 def is_launched(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether dtrun or torchrun started this process. Source: `dist.is_torchelastic_launched`."""
     return "TORCHELASTIC_RUN_ID" in environ
+
+
+def local_rank(environ: Mapping[str, str] = os.environ) -> int | None:
+    """Which rank of its host this is, also where LOCAL_RANK is 0 for all (--virtual-local-rank)."""
+    name = "DTRAIN_LOCAL_RANK" if "DTRAIN_LOCAL_RANK" in environ else "LOCAL_RANK"
+    return _optional_integer(environ, name)
 
 
 def local_world_size(environ: Mapping[str, str] = os.environ) -> int | None:

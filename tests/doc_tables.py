@@ -40,11 +40,6 @@ def flags() -> str:
     return "\n".join(rows)
 
 
-def refused_flags() -> str:
-    """torchrun's flags that dtrun knows and refuses."""
-    return paragraph([f"`{name}`" for name in cli.NOT_YET])
-
-
 def paragraph(words: list[str], lead: str = "") -> str:
     """Words joined by commas in lines of 100 columns."""
     text = lead + ", ".join(words)
@@ -94,7 +89,7 @@ def listed(found: set[str], lead: str = "") -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "flags": flags, "refused-flags": refused_flags, "names": names,
+    "flags": flags, "names": names,
 }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ import numpy as np
 from dtrain.comm.collectives import AllReduce
 from dtrain.comm.reduce import ReduceOp
 from dtrain.distributed.world import current_world, resolve
+from dtrain.env import local_rank
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -60,8 +61,8 @@ def listen() -> None:
     _listens = True
     for signum in SIGNALS:
         signal.signal(signum, _hear)
-    directory, rank = os.environ.get("DTRAIN_RUN_DIR"), os.environ.get("LOCAL_RANK")
-    if directory and rank:
+    directory, rank = os.environ.get("DTRAIN_RUN_DIR"), local_rank()
+    if directory and rank is not None:
         Path(directory, f"heeds-{rank}").touch()
 
 

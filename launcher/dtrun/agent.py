@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import selectors
-import signal
 import socket
 from collections.abc import Mapping
 
@@ -36,7 +35,7 @@ class Agent:
     """One run on this node; `signals` are the ones to be stopped by."""
 
     def __init__(
-        self, spec: Spec, run_dir: str, environ: Mapping[str, str], signals: set[signal.Signals]
+        self, spec: Spec, run_dir: str, environ: Mapping[str, str], signals: set[int]
     ) -> None:
         self._spec = spec
         self._run_dir = run_dir

@@ -1,8 +1,8 @@
 """The command line: torchrun's everyday flags, checked, and the entry point `main`.
 
 Every long flag is spelled with dashes or underscores and takes its default from PET_<NAME>. What
-is wrong is said in one line, exit code 2; a torchrun flag that cannot be honoured yet is refused,
-never ignored. The script's own arguments are passed on untouched.
+is wrong is said in one line, exit code 2. A flag that changes nothing here says so in its help. The
+script's own arguments are passed on untouched.
 """
 
 from __future__ import annotations
@@ -10,22 +10,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from dtrun import debug, keeper, options, output, placement, secret
+from dtrun import debug, keeper, numa, options, output, placement, secret
 from dtrun.agent import Agent
 from dtrun.cluster import ClusterAgent
 from dtrun.keeper import CANNOT_START, PATIENCE_SECONDS
 from dtrun.rendezvous import claim, make_run_dir, remove_leftovers, remove_run_dir
-from dtrun.spec import Spec, any_heeds
-
-# torchrun has these too.
-NOT_YET = (
-    *("--start-method", "--event-log-handler", "--run-path", "--logs-specs"),
-    *("--duplicate-stdout-filters", "--duplicate-stderr-filters", "--numa-binding"),
-    *("--signals-to-handle", "--virtual-local-rank", "--print-completion"),
-)
+from dtrun.spec import STOP_SIGNALS, Spec, any_heeds
 
 
 class Parser(argparse.ArgumentParser):
@@ -77,17 +70,22 @@ def make_parser() -> Parser:
     add("--max-restarts", type=int, default=0, metavar="N", help="of the whole group")
     add("--module", "-m", action="store_true", help="run the script as python -m does")
     add("--no-python", action="store_true", help="the script is a program, not for Python")
+    add("--run-path", action="store_true", help="the script, as without this flag (runpy's way)")
     add("--role", default="default", help="ROLE_NAME of the workers")
     add("--log-dir", metavar="DIR", help="for log and error files")
     streams = "files for 1 stdout, 2 stderr, 3 both, or per local rank: 0:1,1:3"
     add("--redirects", "-r", default="0", metavar="S", help=f"not on the console: {streams}")
     add("--tee", "-t", default="0", metavar="S", help=f"and on the console: {streams}")
     add("--local-ranks-filter", default="", metavar="I,J", help="show only these on the console")
+    words = "copy lines with one of these words to filtered_std*.log; a comma in a word is ,,"
+    add("--duplicate-stdout-filters", default="", metavar="W,W", help=words)
+    add("--duplicate-stderr-filters", default="", metavar="W,W", help=words)
     add("--log-line-prefix-template", metavar="T", help="with ${role_name} ${local_rank} ${rank}")
     add("--monitor-interval", type=float, default=0.1, help="no effect: deaths are seen at once")
     timeout = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")
     seconds = "seconds for ranks that end by themselves when told (should_stop)"
     add("--shutdown-timeout", type=float, default=timeout, metavar="S", help=seconds)
+    _add_the_rest(add)
     add("--rdzv-backend", default="static", help="static: --node-rank; c10d: places are given out")
     add("--rdzv-endpoint", default="", metavar="HOST[:PORT]", help="where nodes meet: the head")
     add("--rdzv-id", default=options.NO_RUN_ID, help="the run id; one node alone makes one up")
@@ -99,6 +97,18 @@ def make_parser() -> Parser:
     parser.add_argument("training_script", nargs="?", help="script, module (-m) or program")
     parser.add_argument("training_script_args", nargs=argparse.REMAINDER)
     return parser
+
+
+def _add_the_rest(add: Callable[..., None]) -> None:
+    signals = "these end the run in order: each is passed on to the ranks"
+    names = ",".join(signal.name for signal in STOP_SIGNALS)
+    add("--signals-to-handle", default=names, metavar="S,S", help=signals)
+    add("--virtual-local-rank", action="store_true", help="LOCAL_RANK is 0 for all ranks")
+    add("--numa-binding", choices=numa.MODES, help="which cores a rank may use: see the manual")
+    methods = ("spawn", "fork", "forkserver")
+    add("--start-method", choices=methods, default="spawn", help="no effect: ranks are programs")
+    add("--event-log-handler", default="null", help="no effect: dtrun keeps no log of events")
+    add("--logs-specs", default="default", help="default; other entry points are not supported")
 
 
 def parse(argv: Sequence[str]) -> Spec:
@@ -146,6 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lambda signals: kind(spec, run_dir, os.environ, signals).run(),
         lambda: remove_run_dir(run_dir),
         lambda: PATIENCE_SECONDS + (spec.shutdown_timeout if any_heeds(run_dir) else 0.0),
+        spec.stop_signals,
     )
 
 
@@ -167,16 +178,10 @@ def _print_manifest(kind: str, argv: Sequence[str]) -> int:
 
 
 def _refuse_unknown(parser: Parser, unknown: Sequence[str]) -> None:
-    """Refuse what argparse left over, and PET_ variables of flags that are not there yet."""
-    for name in NOT_YET:
-        variable = f"PET_{name[2:].replace('-', '_').upper()}"
-        if variable in os.environ:
-            parser.error(f"{variable} is set, but {name} is not supported yet")
+    """Refuse what argparse left over, with the flag that was meant, perhaps."""
     if not unknown:
         return
     name = unknown[0].partition("=")[0].replace("_", "-")
-    if name in NOT_YET:
-        parser.error(f"{name} is not supported yet")
     import difflib
 
     near = [flag for flag in parser.flags if flag.startswith(name)]

@@ -18,7 +18,6 @@ from typing import Any
 
 from dtrun import errors
 from dtrun.agent import Agent
-from dtrun.keeper import ASK_SIGNAL
 from dtrun.membership import TRY_AGAIN, Message
 from dtrun.rendezvous import end_of
 from dtrun.secret import hand_over
@@ -146,7 +145,7 @@ class ClusterAgent(Agent):
                 self._streams.ready(key.fd)
 
     def _leave_if_told(self, received: list[int]) -> None:
-        stops = [signum for signum in received if signum != ASK_SIGNAL]
+        stops = [signum for signum in received if signum in self._spec.stop_signals]
         if stops and self._over is None:
             self._received = stops[0]
             self._over = self._leave()

@@ -158,7 +158,7 @@ def memory(facts: Mapping[str, Any]) -> Finding:
 
 def variables(facts: Mapping[str, Any], environ: Mapping[str, str]) -> Finding:
     """No variable with our prefixes is set that nothing reads, as one that is misspelt."""
-    flags = [_preset(flag) for flag in (*cli.make_parser().flags, *cli.NOT_YET)]
+    flags = [_preset(flag) for flag in cli.make_parser().flags]
     unknown: dict[str, str] = dict(facts["unknown_variables"])
     for name in sorted(environ):
         if name.startswith(PRESETS) and name not in flags:

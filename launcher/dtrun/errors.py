@@ -33,6 +33,7 @@ class Failure(NamedTuple):
     stopped_by: int | None = None  # the signal dtrun had sent it
     error_file: str = "<N/A>"
     host: str = ""
+    out_of_memory: str = ""  # that the kernel has killed it for memory, in words
 
     @property
     def consequence(self) -> bool:
@@ -129,7 +130,9 @@ def signal_name(number: int) -> str:
 def _first_line(failure: Failure) -> str:
     if failure.exitcode >= 0:
         return "" if failure.traceback else "none: the process ended itself, see its output above"
-    hint = " (often the kernel, out of memory)" if failure.exitcode == -signal.SIGKILL else ""
+    hint = ""
+    if failure.exitcode == -signal.SIGKILL and failure.stopped_by is None:
+        hint = f" ({failure.out_of_memory or 'sent by a user, a scheduler, or the kernel'})"
     name = signal_name(-failure.exitcode)
     return f"Signal {-failure.exitcode} ({name}) received by PID {failure.pid}{hint}"
 
@@ -141,7 +144,8 @@ def line(failure: Failure) -> str:
         return f"{who}: stopped by dtrun ({signal_name(failure.stopped_by)})"
     code = failure.exitcode
     how = f"exitcode {code}" if code >= 0 else f"exitcode {code} ({signal_name(-code)})"
-    message = f", {failure.message}" if failure.message else ""
+    told = failure.message or failure.out_of_memory
+    message = f", {told}" if told else ""
     return f"{who}: {how}{message}{' (lost a peer)' if failure.lost_peer else ''}"
 
 

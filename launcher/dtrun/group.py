@@ -13,9 +13,10 @@ import subprocess
 import time
 from collections.abc import Collection, Mapping, Sequence
 
-from dtrun import debug, process
+from dtrun import debug, numa, process
 from dtrun.errors import Failure, read_recorded
 from dtrun.keeper import ASK_SIGNAL
+from dtrun.shortage import Shortage
 from dtrun.spec import (
     STDERR,
     STDOUT,
@@ -45,7 +46,7 @@ class Undying(Exception):
 class Signals:
     """Turns signals into bytes on a descriptor that a selector can wait for."""
 
-    def __init__(self, signals: set[signal.Signals]) -> None:
+    def __init__(self, signals: set[int]) -> None:
         self.fd, write = os.pipe()
         os.set_blocking(self.fd, False)
         os.set_blocking(write, False)
@@ -76,6 +77,8 @@ class Group:
     ) -> None:
         self.supervisor = Supervisor(range(spec.nproc))
         self._memory = memory  # of each local rank
+        self._cores = numa.shares(spec.numa_binding, spec.nproc)
+        self._shortage = Shortage()
         self.spared = spared  # children of this process that are no workers
         self.heeded = False  # a signal to stop was given to ranks that end by themselves
         self.spec = spec
@@ -123,6 +126,7 @@ class Group:
                 stdout,
                 stderr,
                 memory,
+                self._cores[local_rank],
             )
         finally:
             for fd in (stdout, stderr):
@@ -163,7 +167,7 @@ class Group:
                 self._ended[local_rank] = time.time()
                 self.supervisor.exited(local_rank, code, now)
         for signum in received:
-            if signum == ASK_SIGNAL:
+            if signum == ASK_SIGNAL and signum not in self.spec.stop_signals:
                 text = debug.ask(self._attempt.run_dir)
                 self._streams.say(text or "dtrun: no rank has joined a group yet\n")
                 self._pass_on(signum)
@@ -232,6 +236,7 @@ class Group:
             stopped_by=self._stopped_by.get(local_rank),
             error_file=path if kept else "<N/A>",
             host=os.uname().nodename,
+            out_of_memory=self._shortage.words() if worker.returncode == -signal.SIGKILL else "",
         )
 
     def _log_traceback(self, local_rank: int, text: str) -> None:

@@ -12,11 +12,11 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from dtrun import errors, process
+from dtrun.spec import STOP_SIGNALS
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 ASK_SIGNAL = signal.SIGUSR1  # the launcher prints what the ranks do, and goes on
 CANNOT_START = 126  # exit code, as a shell's for a command that cannot be executed
 # The launcher needs less than one second to stop; this is for a launcher that cannot go on.
@@ -24,9 +24,10 @@ PATIENCE_SECONDS = 2.0
 
 
 def keep(
-    launch: Callable[[set[signal.Signals]], int],
+    launch: Callable[[set[int]], int],
     clean: Callable[[], None],
     patience: Callable[[], float] = lambda: PATIENCE_SECONDS,
+    stop_signals: Sequence[int] = STOP_SIGNALS,
 ) -> int:
     """Run `launch` in a child and return its exit code; then `clean`, however the child ended.
 
@@ -35,7 +36,7 @@ def keep(
     most `patience()` seconds after a signal. No other thread may be running.
     """
     # A signal that is ignored (nohup, a shell's background job) stays ignored for everybody.
-    stops = {one for one in STOP_SIGNALS if signal.getsignal(one) is not signal.SIG_IGN}
+    stops = {one for one in stop_signals if signal.getsignal(one) is not signal.SIG_IGN}
     watched = stops | {signal.SIGCHLD, ASK_SIGNAL}
     signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     process.adopt_orphans()
@@ -57,7 +58,7 @@ def keep(
             return launch(watched)
         finally:
             clean()
-    status = _wait(child, watched, patience)
+    status = _wait(child, watched, stops, patience)
     process.sweep()
     clean()
     if status < 0:
@@ -66,7 +67,7 @@ def keep(
     return status if status >= 0 else 128 - status
 
 
-def _wait(child: int, watched: set[signal.Signals], patience: Callable[[], float]) -> int:
+def _wait(child: int, watched: set[int], stops: set[int], patience: Callable[[], float]) -> int:
     """Forward signals until `child` ends; its exit code, negative for a signal."""
     deadline: float | None = None
     while not (ended := os.waitpid(child, os.WNOHANG))[0]:
@@ -77,6 +78,6 @@ def _wait(child: int, watched: set[signal.Signals], patience: Callable[[], float
             signum = signal.SIGKILL if info is None else info.si_signo
         if signum != signal.SIGCHLD:
             os.kill(child, signum)
-        if signum in STOP_SIGNALS:
+        if signum in stops:
             deadline = time.monotonic() + patience()
     return os.waitstatus_to_exitcode(ended[1])

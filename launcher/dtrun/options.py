@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import socket
 
-from dtrun import meeting, secret
+from dtrun import meeting, numa, secret
 from dtrun.spec import MODULE, PROGRAM, SCRIPT, Spec, cores
 
 # torchrun's, for several nodes; on one node a free port is reserved.
 DEFAULT_PORT, MEETING_PORT = 29500, 29400
+UNHANDLED = (signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD)  # the last is how ends are seen
 NO_RUN_ID = "none"  # torchrun's default
 DEFAULT_PREFIX = "[rank${rank}]: "
 TEMPORARY_LOGS = "dtrun_logs"
@@ -33,6 +35,10 @@ def spec_from(given: argparse.Namespace) -> Spec:
     redirects = streams("--redirects", given.redirects, nproc)
     tee = streams("--tee", given.tee, nproc)
     kind = kind_of(given)
+    numa.check(given.numa_binding, nproc)
+    if given.logs_specs != "default":
+        raise ValueError(f"--logs-specs {given.logs_specs}: only default is supported")
+    filters = given.duplicate_stdout_filters, given.duplicate_stderr_filters
     return Spec(
         target=target(kind, given.training_script),
         args=tuple(given.training_script_args),
@@ -45,7 +51,7 @@ def spec_from(given: argparse.Namespace) -> Spec:
         run_id=run_id(given, nnodes),
         role=given.role,
         max_restarts=restarts,
-        log_dir=log_dir(given.log_dir, any(redirects + tee)),
+        log_dir=log_dir(given.log_dir, any(redirects + tee) or any(filters)),
         redirects=redirects,
         tee=tee,
         shown=shown(given.local_ranks_filter, nproc),
@@ -56,6 +62,10 @@ def spec_from(given: argparse.Namespace) -> Spec:
         shutdown_timeout=shutdown_timeout(given.shutdown_timeout),
         terms=meeting.terms(conf, least, nnodes, restarts, static=static) if meets else None,
         is_head=meeting.is_host(conf, given.node_rank, static=static),
+        stop_signals=stop_signals(given.signals_to_handle),
+        is_virtual=given.virtual_local_rank,
+        numa_binding=given.numa_binding,
+        filters=(words(filters[0]), words(filters[1])),
     )
 
 
@@ -96,6 +106,23 @@ def shutdown_timeout(seconds: float) -> float:
     if not seconds > 0:
         raise ValueError(f"--shutdown-timeout must be more than 0 seconds, got {seconds:g}")
     return seconds
+
+
+def stop_signals(text: str) -> tuple[int, ...]:
+    """`SIGTERM,SIGUSR1` as numbers; those that no process can handle are refused."""
+    found = []
+    for name in filter(None, text.split(",")):
+        number = getattr(signal, name, None) if name.startswith("SIG") else None
+        if not isinstance(number, signal.Signals) or number in UNHANDLED:
+            raise ValueError(f"--signals-to-handle: {name!r} is no signal that can be handled")
+        found.append(int(number))
+    return tuple(found)
+
+
+def words(text: str) -> tuple[str, ...]:
+    """`a,b,,c` as "a" and "b,c"."""
+    parts = text.replace(",,", "\0").split(",")
+    return tuple(part.replace("\0", ",") for part in parts if part)
 
 
 def endpoint(given: argparse.Namespace, least: int, nnodes: int) -> tuple[str, int]:
@@ -192,6 +219,8 @@ def log_dir(path: str | None, needed: bool) -> str | None:
 
 def kind_of(given: argparse.Namespace) -> str:
     """A script, a module or a program."""
+    if given.run_path:
+        return SCRIPT
     if given.module and given.no_python:
         raise ValueError("--module and --no-python exclude each other")
     return MODULE if given.module else PROGRAM if given.no_python else SCRIPT

@@ -12,6 +12,7 @@ import contextlib
 import os
 import re
 import select
+from collections.abc import Sequence
 
 TAIL_SECONDS = 0.1
 TAIL_BYTES = 64 * 1024
@@ -25,10 +26,10 @@ LINE_START = re.compile(rb"(?:\n|\r(?!\n))(?=.)", re.DOTALL)
 class Console:
     """A descriptor of ours that others read: never blocks, forgets what nobody reads any more."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, *, closed: bool = False) -> None:
         self.fd = fd
         self.pending = bytearray()
-        self.closed = False  # the reader went away, as with `| head -1`
+        self.closed = closed  # nobody reads: the reader went away, as with `| head -1`
 
     def write(self, data: bytes) -> None:
         """Queue `data` and write what can be written now."""
@@ -84,19 +85,29 @@ class Source:
     """One output stream of one worker, on its way to a console and perhaps to a log file."""
 
     def __init__(
-        self, prefix: bytes, console: Console, mux: Mux, log: LogFile | None = None
+        self,
+        prefix: bytes,
+        console: Console,
+        mux: Mux,
+        log: LogFile | None = None,
+        copy: Copy | None = None,
     ) -> None:
         self.prefix = prefix
         self.console = console
         self.deadline: float | None = None  # when an incomplete line is shown all the same
         self._mux = mux
         self._log = log
+        self._copy = copy
+        self._line = b""  # the beginning of one, shown or not
         self._tail = b""
 
     def feed(self, data: bytes, now: float) -> None:
         """Take what the worker wrote; `now` is in seconds of any one monotonic clock."""
         if self._log is not None:
             self._log.write(data)
+        if self._copy is not None:
+            *whole, self._line = (self._line + data).split(b"\n")
+            self._copy.take(self.prefix, whole)
         lines, newline, self._tail = (self._tail + data).rpartition(b"\n")
         if newline:
             self._mux.emit(self, lines + newline)
@@ -105,6 +116,12 @@ class Source:
             self.deadline = now + TAIL_SECONDS
         if len(self._tail) > TAIL_BYTES:
             self.show_tail()
+
+    def end(self) -> None:
+        """Nothing more comes."""
+        self.show_tail()
+        if self._copy is not None and self._line:
+            self._copy.take(self.prefix, [self._line])
 
     def show_tail(self) -> None:
         """Show the incomplete line as it stands."""
@@ -135,6 +152,19 @@ class LogFile:
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
+
+
+class Copy:
+    """Writes the lines that have one of some `words` to a file, with the prefix of their worker."""
+
+    def __init__(self, words: Sequence[str], log: LogFile) -> None:
+        self._words = [word.encode() for word in words]
+        self._log = log
+
+    def take(self, prefix: bytes, lines: Sequence[bytes]) -> None:
+        """Keep those of these whole lines that are asked for."""
+        kept = [line for line in lines if any(word in line for word in self._words)]
+        self._log.write(b"".join(prefix + line + b"\n" for line in kept))
 
 
 def same_file(one: int, other: int) -> bool:

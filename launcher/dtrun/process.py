@@ -39,14 +39,22 @@ def spawn(
     stdout: int | None,
     stderr: int | None,
     inherited: Sequence[int] = (),
+    cores: Collection[int] = (),
 ) -> subprocess.Popen[bytes]:
     """Start a worker; `stdin`, `stdout` and `stderr` are as in Popen, which names the errors.
 
-    It has the descriptors `inherited` under the same numbers.
+    It has the descriptors `inherited` under the same numbers, and runs on `cores`, if any are
+    named.
 
     Call it from the main thread: the parent-death signal follows the thread that forked.
     """
     launcher = os.getpid()
+
+    def prepare() -> None:
+        die_with(launcher, signal.SIGKILL)
+        if cores:
+            os.sched_setaffinity(0, cores)
+
     return subprocess.Popen(
         argv,
         env=env,
@@ -56,7 +64,7 @@ def spawn(
         pass_fds=inherited,
         start_new_session=True,
         # No other thread exists that could hold a lock over the fork.
-        preexec_fn=lambda: die_with(launcher, signal.SIGKILL),
+        preexec_fn=prepare,
     )
 
 

@@ -7,6 +7,7 @@ plus `DTRAIN_RUN_DIR`, a directory of mode 0700 that only this attempt of this r
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from typing import NamedTuple
 from dtrun.membership import Terms
 from dtrun.secret import Secret
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # torchrun's
 STDOUT, STDERR = 1, 2  # bits of a redirection, as in torchrun's -r and -t
 SCRIPT, MODULE, PROGRAM = "script", "module", "program"
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -49,6 +51,10 @@ class Spec(NamedTuple):
     is_head: bool | None = None  # of the meeting; None: if its address is this node's
     first_rank: int | None = None  # of this node, where nodes have different numbers of ranks
     ranks: int | None = None  # on all nodes
+    stop_signals: tuple[int, ...] = STOP_SIGNALS  # what ends the run in order
+    is_virtual: bool = False  # LOCAL_RANK is 0 for all
+    numa_binding: str | None = None  # see `numa`
+    filters: tuple[tuple[str, ...], ...] = ((), ())  # words of lines to keep, of stdout and stderr
 
     @property
     def world_size(self) -> int:
@@ -103,7 +109,7 @@ def environment(
     """The environment of one worker: `base` with torchrun's variables on top."""
     own = {
         "RANK": spec.rank(local_rank),
-        "LOCAL_RANK": local_rank,
+        "LOCAL_RANK": 0 if spec.is_virtual else local_rank,
         "WORLD_SIZE": spec.world_size,
         "LOCAL_WORLD_SIZE": spec.nproc,
         "GROUP_RANK": spec.node_rank,
@@ -123,6 +129,8 @@ def environment(
     }
     if spec.local_addr:
         own["DTRAIN_LOCAL_ADDR"] = spec.local_addr
+    if spec.is_virtual:
+        own["DTRAIN_LOCAL_RANK"] = local_rank
     if spec.data_plane != "curve":
         own["DTRAIN_DATA_PLANE"] = spec.data_plane
     threads = threads_per_rank(spec.nproc, base)

@@ -1,7 +1,8 @@
 """Which way the output of each worker goes, and the descriptors that the launcher polls for it.
 
 Per stream: inherited (shown, nothing to add), a file (redirected), /dev/null (filtered out), or a
-pipe to a `Source` (prefixed or teed). Files are `<dir>/<local_rank>/{stdout,stderr}.log`.
+pipe to a `Source` (prefixed, teed or searched). Files are `<dir>/<local_rank>/{stdout,stderr}.log`,
+and `<dir>/filtered_{stdout,stderr}.log` for the lines of all workers that have a word asked for.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import selectors
 import subprocess
 import time
 
-from dtrun.output import FULL, Console, LogFile, Mux, Source, same_file
+from dtrun.output import FULL, Console, Copy, LogFile, Mux, Source, same_file
 from dtrun.spec import STDERR, STDOUT, Spec, prefix
 
 READ_BYTES = 64 * 1024
 LOG_NAMES = {STDOUT: "stdout.log", STDERR: "stderr.log"}
+COPY_NAMES = {STDOUT: "filtered_stdout.log", STDERR: "filtered_stderr.log"}
 
 
 class Streams:
@@ -44,22 +46,28 @@ class Streams:
         redirected = logged and not spec.tee[local_rank] & bit
         shown = not redirected and (spec.shown is None or local_rank in spec.shown)
         path = os.path.join(log_dir, str(local_rank), LOG_NAMES[bit])
-        if not shown and not logged:
-            return subprocess.DEVNULL
-        if not shown:
+        words = spec.filters[bit - 1]
+        if not shown and not words:
+            if not logged:
+                return subprocess.DEVNULL
             return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         text = prefix(spec, local_rank, self._hostname)
-        if not text and not logged:
+        if not text and not logged and not words:
             return None
-        log = LogFile(path, self._consoles[STDERR]) if logged else None
-        return self._pipe(Source(text, self._consoles[bit], self._muxes[bit], log), log)
+        log = self._log(path) if logged else None
+        copy = Copy(words, self._log(os.path.join(log_dir, COPY_NAMES[bit]))) if words else None
+        console = self._consoles[bit] if shown else Console(-1, closed=True)
+        return self._pipe(Source(text, console, self._muxes[bit] if shown else Mux(), log, copy))
 
-    def _pipe(self, source: Source, log: LogFile | None) -> int:
+    def _log(self, path: str) -> LogFile:
+        log = LogFile(path, self._consoles[STDERR])
+        self._logs.append(log)
+        return log
+
+    def _pipe(self, source: Source) -> int:
         read, write = os.pipe()
         os.set_blocking(read, False)
         self._sources[read] = source
-        if log is not None:
-            self._logs.append(log)
         return write
 
     def say(self, text: str) -> None:
@@ -116,6 +124,6 @@ class Streams:
             self._end(fd)
 
     def _end(self, fd: int) -> None:
-        self._sources.pop(fd).show_tail()
+        self._sources.pop(fd).end()
         self._register(fd, selectors.EVENT_READ, False)
         os.close(fd)

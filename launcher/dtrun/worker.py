@@ -107,9 +107,8 @@ def install(path: str) -> Recorder:
 
     threading.excepthook = thread_failed
     if not faulthandler.is_enabled():
-        fault_log = os.path.join(
-            os.environ["DTRAIN_RUN_DIR"], f"fault-{os.environ['LOCAL_RANK']}.log"
-        )
+        own = os.environ.get("DTRAIN_LOCAL_RANK") or os.environ["LOCAL_RANK"]
+        fault_log = os.path.join(os.environ["DTRAIN_RUN_DIR"], f"fault-{own}.log")
         faulthandler.enable(os.open(fault_log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644))
     return recorder
 

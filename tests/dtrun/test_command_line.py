@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 
 from dtrun import options
-from dtrun.cli import NOT_YET, make_parser, parse
+from dtrun.cli import make_parser, parse
 from dtrun.membership import Terms
 from dtrun.spec import MODULE, PROGRAM, SCRIPT, cores
+from tests.recorded import load_json
 
 
 @pytest.fixture(autouse=True)
@@ -159,11 +161,6 @@ def test_a_bad_default_from_the_environment_is_refused(monkeypatch, capsys):
     assert "PET_STANDALONE must be 0 or 1, got 'yes'" in refusal(["train.py"], capsys)
 
 
-def test_a_default_for_a_flag_that_is_not_there_yet_is_refused(monkeypatch, capsys):
-    monkeypatch.setenv("PET_NUMA_BINDING", "node")
-    assert "PET_NUMA_BINDING is set, but --numa-binding" in refusal(["train.py"], capsys)
-
-
 @pytest.mark.parametrize(
     ("argv", "complaint"),
     [
@@ -207,10 +204,46 @@ def test_what_is_wrong_is_said_in_one_line(argv, complaint, capsys):
     assert complaint in refusal(argv.split(), capsys)
 
 
-@pytest.mark.parametrize("flag", NOT_YET)
-def test_a_torchrun_flag_that_is_not_there_yet_is_refused(flag, capsys):
-    assert f"{flag} is not supported yet" in refusal([f"{flag}=1", "train.py"], capsys)
-    assert flag not in make_parser().flags
+def test_torchruns_flags_are_all_known():
+    """Each spelling, with the default, unless that has a meaning of its own here."""
+    defaults = {action: action.default for action in make_parser()._actions}
+    known = {name: default for a, default in defaults.items() for name in a.option_strings}
+    for flag in load_json("torchrun_flags"):
+        for name in flag["names"]:
+            assert name in known, name
+    other = {"--nnodes", "--rdzv-conf", "--master-port", "--local-addr", "--logs-specs", "--help",
+             "--duplicate-stdout-filters", "--duplicate-stderr-filters",
+             "--shutdown-timeout"}  # fmt: skip
+    for flag in load_json("torchrun_flags"):
+        name = flag["names"][-1]
+        if not other & set(flag["names"]):
+            assert (known[name] or None) == (flag["default"] or None), name
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        ("--logs-specs mine train.py", "only default is supported"),
+        ("--signals-to-handle SIGTERM,SIGKILL train.py", "'SIGKILL' is no signal that can be"),
+        ("--signals-to-handle TERM train.py", "'TERM' is no signal that can be handled"),
+        ("--numa-binding all train.py", "invalid choice: 'all'"),
+        ("--numa-binding exclusive --nproc-per-node 9999 train.py", "exclusive: 9999 ranks on a"),
+    ],
+)
+def test_what_the_newer_flags_refuse(argv, complaint, capsys):
+    assert complaint in refusal(argv.split(), capsys)
+
+
+def test_the_newer_flags(monkeypatch):
+    spec = parse(["--signals-to-handle=SIGUSR1,SIGTERM", "--duplicate-stdout-filters=a,b,,c",
+                  "--virtual-local-rank", "--run-path", "--no-python", "train.py"])  # fmt: skip
+    assert spec.stop_signals == (signal.SIGUSR1, signal.SIGTERM)
+    assert spec.filters == (("a", "b,c"), ())
+    assert spec.is_virtual
+    assert spec.kind == SCRIPT
+    monkeypatch.setenv("PET_NUMA_BINDING", "everywhere")
+    with pytest.raises(SystemExit):
+        parse(["train.py"])
 
 
 def test_a_program_is_found_on_the_path():

@@ -189,14 +189,14 @@ def test_what_cannot_be_copied_is_refused_before_anything_starts():
 
 def test_ranks_start_again_and_what_rank_0_returns_must_travel():
     assert torch.notebook_launcher(programs.second_time, (), 2, max_restarts=1) == 1
-    with pytest.raises(mp.ProcessRaisedException, match="what rank 0 returned cannot be sent"):
+    with pytest.raises(mp.ProcessRaisedException, match="what this rank returned cannot be sent"):
         torch.notebook_launcher(programs.lock, (), 1)
 
 
 def test_the_cause_of_several_failures_is_named():
     told = [
-        {"message": "PeerLost: rank 1", "lost_peer": True, "time": 1.0, "pid": 10},
-        {"message": "ValueError: x", "lost_peer": False, "time": 2.0, "pid": 11},
+        {"message": "PeerLost: rank 1", "lost_peer": True, "time": 1.0, "pid": 10, "rank": 0},
+        {"message": "ValueError: x", "lost_peer": False, "time": 2.0, "pid": 11, "rank": 1},
         {},
     ]
     error = notebook._failure(1, told)
