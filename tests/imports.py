@@ -61,6 +61,7 @@ ABOVE = (
     ("nn.parallel", "inductor", "profiler"),
     ("distributed.fsdp", "distributed.checkpoint"),
     ("distributed.elastic",),
+    ("distributed.launcher",),
     ("elastic",),
     ("testing",),
     ("__main__",),
