@@ -13,6 +13,7 @@ Rules:
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -196,6 +197,7 @@ def define(
         assert not view or outputs != 1, f"op {name!r}: a view is of one input"
         call = general(op, view, outputs)
     call.__name__ = call.__qualname__ = name
+    call.__module__ = sys._getframe(1).f_globals["__name__"]  # whose name leads to it
     call.op, op.apply = op, call  # type: ignore[attr-defined]
     return call
 

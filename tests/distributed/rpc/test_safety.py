@@ -11,6 +11,8 @@ import sys
 import msgpack
 import pytest
 
+import dtrain as torch
+from dtrain.autograd.op import OPS
 from dtrain.distributed.rpc import RRef
 from dtrain.distributed.rpc.names import export, name_of, resolve
 from dtrain.distributed.rpc.payload import CODE, FUNCTION, METHOD, RECORD, pack, unpack
@@ -110,3 +112,11 @@ def test_nonsense_is_an_error(body):
 def test_nothing_is_pickled_for_those_who_do_not_accept_it():
     with pytest.raises(TypeError, match="accept_code=True"):
         pack([Canary()], "call", code=False, reference=RRef)
+
+
+def test_all_tensor_functions_may_be_called_by_name():
+    functions = [f for f in vars(torch).values() if getattr(f, "op", None) in OPS.values()]
+    assert len(functions) > 50
+    for function in functions:
+        assert resolve(*name_of(function)) is function
+    assert name_of(torch.neg) == ["dtrain.ops.elementwise", "neg"]
