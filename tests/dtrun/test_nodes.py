@@ -122,7 +122,7 @@ def test_nodes_come_late_die_and_return(dtrun, node):
 
 def test_a_node_that_was_stopped_for_too_long_ends_as_soon_as_it_goes_on(dtrun, node):
     script = dtrun.script(MEET + LAST)
-    flags = ("--nnodes", "1:2", "--rdzv-conf", SOON.replace("1000", "5"), script)
+    flags = ("--nnodes", "1:2", "--rdzv-conf", SOON.replace("1000", "10"), script)
     first = node(1, *flags)
     assert read_lines(first, 1) == ["0 of 1 restarts 0"]
     second = node(2, *flags)
@@ -139,7 +139,7 @@ def test_a_node_that_was_stopped_for_too_long_ends_as_soon_as_it_goes_on(dtrun, 
     ((code, out, err),) = ended(first)
     assert (code, out) == (0, "")  # nobody joined again
     assert "node 1 " in err
-    assert "is lost: silent for 1 s" in err
+    assert "is lost: silent for 2 s" in err
 
 
 def test_a_failure_is_told_on_all_nodes_and_uses_up_a_restart(dtrun, node):

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.end_to_end.launch import ENVIRONMENT
+from tests.end_to_end.wire import Wire
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 DEADLINE = 40.0
@@ -113,21 +114,27 @@ class Hosts:
 
 
 @contextmanager
-def two_hosts() -> Iterator[Hosts]:
-    """Two connected hosts, removed at the end."""
+def two_hosts(wire: Wire | None = None) -> Iterator[Hosts]:
+    """Two connected hosts, removed at the end; `wire` is the cable between them, and is closed."""
     hosts = Hosts()
     try:
         for name in hosts.names:
             _ip("netns", "add", name)
-        # Made inside the first namespace: the names never meet those of the machine.
-        peer = ["peer", "name", "cable1", "netns", hosts.names[1]]
-        _ip("-n", hosts.names[0], "link", "add", "cable0", "type", "veth", *peer)
+        if wire is None:
+            # Made inside the first namespace: the names never meet those of the machine.
+            peer = ["peer", "name", "cable1", "netns", hosts.names[1]]
+            _ip("-n", hosts.names[0], "link", "add", "cable0", "type", "veth", *peer)
+        else:
+            for host, name in enumerate(hosts.names):
+                _ip("link", "set", wire.names[host], "netns", name, "name", f"cable{host}")
         for host, name in enumerate(hosts.names):
             _ip("-n", name, "address", "add", f"{ADDRESSES[host]}/24", "dev", f"cable{host}")
             for device in ("lo", f"cable{host}"):
                 _ip("-n", name, "link", "set", device, "up")
         yield hosts
     finally:
+        if wire is not None:
+            wire.close()
         hosts.close()
 
 

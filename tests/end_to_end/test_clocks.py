@@ -52,7 +52,7 @@ def test_clocks_that_are_a_day_apart_change_nothing(tmp_path):
     key.write_bytes(subprocess.run(made, capture_output=True, check=True).stdout)
     key.chmod(0o600)
     script.write_text(TRAIN)
-    conf = ("--rdzv-conf", "keep_alive_interval=0.2,keep_alive_max_attempt=4")
+    conf = ("--rdzv-conf", "keep_alive_interval=0.2,keep_alive_max_attempt=15")
     meeting = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{ADDRESSES[0]}:29500", *conf)
     flags = ("--nnodes", "2", "--secret-file", key, script)
     command = (sys.executable, "-m", "dtrun", *meeting, *flags)
