@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from tests.end_to_end.hosts import ADDRESSES, ended, two_hosts, why_not
-from tests.end_to_end.wire import Wire
+from tests.end_to_end.test_partition import read_until
+from tests.end_to_end.wire import Wire, judged
 
 why = why_not() or ("" if os.path.exists("/dev/net/tun") else "not run: no /dev/net/tun")
 pytestmark = pytest.mark.skipif(bool(why), reason=why or "-")
@@ -65,7 +66,7 @@ def nodes(tmp_path):
 def test_a_bad_cable_costs_time_and_no_bit(nodes):
     """The heartbeats are those that users have."""
     wire = Wire(delay=0.02, jitter=0.005, loss=0.01, twice=0.02)
-    with two_hosts(wire) as hosts:
+    with two_hosts(wire) as hosts, judged(wire):
         for code, out, err in ended(*nodes(hosts, TRAIN, "--nnodes", "2")):
             assert code == 0, err
             assert "all steps are exact" in out
@@ -84,16 +85,15 @@ def test_a_cable_that_carries_one_way_only_is_a_cut(nodes, tmp_path, deaf):
     )
     conf = ("--rdzv-conf", "last_call_timeout=0.3,keep_alive_max_attempt=60")
     wire = Wire()
-    with two_hosts(wire) as hosts:
+    with two_hosts(wire) as hosts, judged(wire):
         flags = ("--nnodes", "1:2", *conf)
         head, other = nodes(hosts, QUICK + FOR_EVER, *flags, PYTHONPATH=str(tmp_path))
-        while head.stdout.readline() != "met 2\n":
-            pass
+        read_until(head, lambda line: line == "met 2\n")
         wire.ways[1 - deaf].loss = 1.0
         ((code, _, err),) = ended(other)
         assert code == 75, err
         assert "Start dtrun again" in err
-        assert head.stdout.readline() == "met 1\n"
+        read_until(head, lambda line: line == "met 1\n")
         assert wire.ways[1 - deaf].lost > 0
         head.terminate()
         assert ended(head)[0][0] == 128 + 15
