@@ -136,6 +136,10 @@ NAMES = {
     "dtrain.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook": (
         "PostLocalSGDState post_localSGD_hook"
     ),
+    "dtrain.distributed.algorithms._comm_hooks": "LOW_PRECISION_HOOKS",
+    "dtrain.distributed.algorithms._comm_hooks.default_hooks": """
+        DefaultState LowPrecisionState allreduce_hook reduce_scatter_hook fp16_compress_hook
+        bf16_compress_hook""",
     "dtrain.distributed.algorithms._checkpoint.checkpoint_wrapper": """
         checkpoint_wrapper CheckpointImpl CheckpointWrapper ActivationWrapper offload_wrapper
         apply_activation_checkpointing""",

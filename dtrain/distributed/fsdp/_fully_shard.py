@@ -8,10 +8,11 @@ ZeRO, arXiv:1910.02054; Zhao et al., PyTorch FSDP, VLDB 2023.
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from dtrain.distributed.device_mesh import DeviceMesh
+from dtrain.distributed.fsdp.hooks import ReduceScatter
 from dtrain.distributed.fsdp.joining import JoiningUnits
 from dtrain.distributed.fsdp.making import make_state
 from dtrain.distributed.fsdp.policies import (
@@ -199,6 +200,38 @@ class FSDPModule(JoiningUnits, ReportingUnits):
             unit.divide_by = float(factor)
 
     set_reduce_scatter_divide_factor = set_gradient_divide_factor  # PyTorch's older name
+
+    def set_custom_reduce_scatter(self, comm: Any) -> None:
+        """Reduce this module's gradients by `comm(output_tensor=, input_tensor=, group=, op=)`.
+
+        Both are flat tensors of `comm.allocate(size, dtype=, device=)`; `input_tensor` has a part
+        for each rank, all of the length of `output_tensor`. It may return a Work. It is called in
+        backward and nothing goes on beside it; one small all-reduce more tells which parameters
+        were used.
+        """
+        for unit in self._fsdp_state.units:
+            unit.reduction = ReduceScatter(comm)
+
+    def set_custom_all_gather(self, comm: Any) -> None:
+        """Gather this module's parameters by `comm(output_tensor=, input_tensor=, group=)`, flat
+        tensors of `comm.allocate` as for `set_custom_reduce_scatter`.
+
+        Not called where ranks share memory on one host: there is nothing to gather. The report of
+        a step does not show it.
+        """
+        for unit in self._fsdp_state.units:
+            unit.all_gather = comm
+
+    def set_all_reduce_hook(self, hook: Callable[[Any], None], *, stream: Any = None) -> None:
+        """Call `hook(grad)` with this rank's part of the reduced gradients, a flat tensor, which it
+        may change in place; behind the all-reduce over replicas, if there are some.
+
+        ValueError for a `stream`: there are none.
+        """
+        if stream is not None:
+            raise ValueError("set_all_reduce_hook: there are no streams on the CPU, leave it out")
+        for unit in self._fsdp_state.units:
+            unit.on_reduced = hook
 
     def reset_iter_state(self) -> None:
         """Changes nothing: a pass that an exception has cut short is forgotten at the next forward

@@ -23,13 +23,14 @@ from dtrain.distributed.fsdp.api import (
     StateDictSettings,
     StateDictType,
 )
+from dtrain.distributed.fsdp.hooks import GradientHook
 from dtrain.distributed.fsdp.joining import JoiningUnits
 from dtrain.distributed.fsdp.making import make_state
 from dtrain.distributed.fsdp.materializing import begin_with_the_first, give_values
 from dtrain.distributed.fsdp.policies import MixedPrecisionPolicy
 from dtrain.distributed.fsdp.reports import ReportingUnits
 from dtrain.distributed.fsdp.state import ModuleState
-from dtrain.distributed.fsdp.strategies import mesh_for, reshard_after_forward
+from dtrain.distributed.fsdp.strategies import HYBRID, mesh_for, reshard_after_forward
 from dtrain.distributed.fsdp.summoning import summoned
 from dtrain.distributed.fsdp.unit import WRAPPED, Unit, bare
 from dtrain.distributed.fsdp.wrap import chosen_modules, replace_modules
@@ -199,6 +200,30 @@ class FullyShardedDataParallel(Module, JoiningUnits, ReportingUnits):
         total = clip_grad_norm_(self.parameters(), max_norm, norm_type)
         whole: Tensor = wrapped_state.as_chosen(total, StateDictType.FULL_STATE_DICT)
         return whole
+
+    def register_comm_hook(self, state: Any, hook: Callable[..., Any]) -> None:
+        """Let `hook` reduce gradients, as those of `algorithms._comm_hooks.default_hooks` do.
+
+        With NO_SHARD `hook(state, grad)` changes a unit's flat gradients in place; else
+        `hook(state, grad, output)` fills `output` with this rank's part of `grad`, which has one
+        of that length for each rank. It divides by the number of ranks itself. It is called in
+        backward and nothing goes on beside it; one small all-reduce more tells which parameters
+        were used. AssertionError on an inner wrapper, with hybrid sharding, or for a second hook.
+        """
+        if not self.check_is_root():
+            raise AssertionError("register_comm_hook can only be called on a root instance.")
+        for each in FullyShardedDataParallel.fsdp_modules(self):
+            if each.sharding_strategy in HYBRID:
+                raise AssertionError(
+                    "Communication hook is not supported for hybrid strategies: "
+                    f"{each.sharding_strategy}"
+                )
+        if any(unit.reduction is not None for unit in self._units()):
+            raise AssertionError("A communication hook is already registered")
+        if not callable(hook):
+            raise ValueError(f"The communication hook must be callable but got {hook}")
+        for unit in self._units():
+            unit.reduction = GradientHook(hook, state)
 
     def apply(self, fn: Callable[[Module], Any]) -> FullyShardedDataParallel:
         """Call `fn` on every module, children first, with whole parameters, which it may change."""

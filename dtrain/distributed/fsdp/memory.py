@@ -19,6 +19,7 @@ import numpy as np
 from dtrain.comm.shards import GatherShards
 from dtrain.comm.sharing import share
 from dtrain.comm.work import Work
+from dtrain.distributed.fsdp.hooks import gather_by
 from dtrain.distributed.fsdp.layout import Layout
 from dtrain.distributed.fsdp.offload import mapped
 from dtrain.distributed.world import ProcessGroup
@@ -44,6 +45,9 @@ class Home:
     def gather(self, group: ProcessGroup, label: str, async_op: bool) -> Work | None:
         """Fill `array` from all shards; None: there is nothing to wait for."""
         raise NotImplementedError
+
+    def gather_by(self, comm: Any, group: ProcessGroup) -> None:
+        """The same by the user's all-gather; blocks for it. Nothing where nothing moves."""
 
     def release(self) -> None:
         """`array` is not read until it is gathered again."""
@@ -85,6 +89,10 @@ class _Gathered(Home):
         sent = self._packed.astype(self.array.dtype, copy=False)
         call = GatherShards(sent, self.array, self._cuts, self._shared, label)
         return group.issue(call, async_op=async_op)
+
+    def gather_by(self, comm: Any, group: ProcessGroup) -> None:
+        sent = self._packed.astype(self.array.dtype, copy=False)
+        gather_by(comm, sent, self.array, self._cuts, group)
 
 
 class OnHosts(_Gathered):

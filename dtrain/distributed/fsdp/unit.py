@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import enum
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
@@ -24,6 +24,7 @@ from dtrain.comm.collectives import AllReduce, Barrier
 from dtrain.comm.reduce import ReduceOp, widened
 from dtrain.comm.shards import ReduceShards
 from dtrain.distributed.device_mesh import DeviceMesh
+from dtrain.distributed.fsdp.hooks import GradientHook, Reduction, reduce_by
 from dtrain.distributed.fsdp.layout import Layout
 from dtrain.distributed.fsdp.memory import Pool, home_for
 from dtrain.distributed.fsdp.meter import Cause, Issued, Landed, Meter
@@ -118,6 +119,10 @@ class Unit:
         self._partial: Array | None = None  # what has not been reduced over them yet
         self.reshards = True  # whether it is given back when its gradients are complete
         self.divide_by: float | None = None  # None: the number of ranks
+        # The user's ways to reduce and to gather, and what is done to gradients that are reduced.
+        self.reduction: Reduction | None = None
+        self.all_gather: Any = None
+        self.on_reduced: Callable[[Any], None] | None = None
         self.reading = False  # whether a rank may still read what was written before
         self._published = -1  # the versions of the shards when they were last made known
         self._gathering: Issued | None = None
@@ -137,6 +142,11 @@ class Unit:
         """The path of a parameter in the bare model, as far as it is known."""
         own = bare(self.slots[index][0].path)
         return f"{self.where}.{own}" if self.where else own
+
+    @property
+    def whole_everywhere(self) -> bool:
+        """Whether each rank keeps all of it: there are replicas, and nobody to share with."""
+        return self.replicas is not None and self.group.size() == 1
 
     @property
     def runs_aside(self) -> bool:
@@ -189,8 +199,11 @@ class Unit:
         if self.home.moves and (self.stale or not self.home.stays):
             self._published = self.written()
             now = monotonic()
-            work = self.home.gather(self.group, self.name, async_op)
-            self._gathering = None if work is None else Issued(work, now, async_op)
+            if self.all_gather is not None:
+                self.home.gather_by(self.all_gather, self.group)
+            else:
+                work = self.home.gather(self.group, self.name, async_op)
+                self._gathering = None if work is None else Issued(work, now, async_op)
         self.state = State.GATHERING
 
     def _need_values(self) -> None:
@@ -325,7 +338,11 @@ class Unit:
         if self._partial is not None:
             np.add(reduced, self._partial, out=reduced)
         self._partial = None if self.sync_replicas else reduced
-        if self.sync_replicas:
+        if self.sync_replicas and isinstance(self.reduction, GradientHook):
+            gradients = reduced.size - len(self.sharded)
+            self.reduction.all_reduce(reduced[:gradients])
+            self.replicas.issue(AllReduce(reduced[gradients:]))
+        elif self.sync_replicas:
             op = ReduceOp.AVG if self.divide_by is None else ReduceOp.SUM
             self.replicas.issue(AllReduce(reduced, op))
         return self.sync_replicas
@@ -366,6 +383,10 @@ class Flight:
             with np.errstate(over="ignore", invalid="ignore"):
                 np.copyto(self.room, room, casting="same_kind")
             unit.pool.give(room)
+        if unit.reduction is not None and not unit.whole_everywhere:
+            own = unit.layout.cuts
+            self.call = reduce_by(unit.reduction, self.room, self.out, own, unit.group, op)
+            return
         call, now = ReduceShards(self.room, self.out, cuts, op, unit.name), monotonic()
         self.call = Issued(unit.group.issue(call, async_op=async_op), now, async_op)
 
@@ -382,4 +403,6 @@ class Flight:
         if ready:
             if unit.divide_by is not None:
                 np.divide(self.out, self.out.dtype.type(unit.divide_by), out=self.out)
+            if unit.on_reduced is not None:
+                unit.on_reduced(make(self.out[: self.out.size - len(unit.sharded)]))
             unit.take(self.out)
