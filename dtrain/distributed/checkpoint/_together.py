@@ -12,9 +12,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from dtrain.distributed.checkpoint._plain import pack, unpack
+from dtrain.distributed.checkpoint._plain import decode, encode
 from dtrain.distributed.checkpoint.api import CheckpointException, DamagedCheckpoint
-from dtrain.distributed.codec import decode, encode
 from dtrain.distributed.groups import is_initialized
 from dtrain.distributed.objects import all_gather_object, broadcast_object_list
 from dtrain.distributed.world import ProcessGroup, resolve
@@ -49,7 +48,7 @@ class Together:
         if failures:
             self._raise(what, failures, own)
         found: list[Any] = [
-            value if r == self.rank else unpack(decode(form)) for r, (_, form) in enumerate(answers)
+            value if r == self.rank else decode(form) for r, (_, form) in enumerate(answers)
         ]
         return found
 
@@ -62,7 +61,7 @@ class Together:
         ok, form = answer[0]
         if not ok:
             self._raise(what, {self.coordinator: _heard(form)}, own)
-        return value if self.is_coordinator else unpack(decode(form))  # type: ignore[return-value]
+        return value if self.is_coordinator else decode(form)  # type: ignore[return-value]
 
     def _raise(self, what: str, failures: Failures, own: BaseException | None) -> None:
         if own is not None:
@@ -75,7 +74,7 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, tuple[bool, Any], Excepti
     """The result of `work`, what to tell the others of it, and its error."""
     try:
         value = work()
-        return value, (True, encode(pack(value))), None
+        return value, (True, encode(value)), None
     except Exception as error:  # told to all ranks, and raised on all of them
         return None, (False, _told(error)), error
 
