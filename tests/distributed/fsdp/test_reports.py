@@ -16,6 +16,7 @@ from dtrain.distributed.fsdp.root import LIMIT
 from dtrain.distributed.fsdp.unit import State
 from dtrain.profiler import profile, record_function
 from dtrain.testing.distributed import run_distributed
+from tests.comm.hosts import islands
 
 nn = torch.nn
 
@@ -67,7 +68,7 @@ class Patient(nn.Module):
 
 def by_fully_shard(*, named):
     model = nn.Sequential(*(Patient(n) for n in range(LAYERS)))
-    layers = [fully_shard(layer) for layer in model]
+    layers = [fully_shard(layer, reshard_after_forward=True) for layer in model]
     for layer in layers:
         layer.state = layer._fsdp_state
     if named:
@@ -106,10 +107,23 @@ def traced(made, named):
 
 
 @pytest.mark.parametrize(
-    ("made", "named"), [(by_fully_shard, False), (by_fully_shard, True), (by_wrapper, False)]
+    ("made", "named", "transport", "ranks"),
+    [
+        (by_fully_shard, False, "zmq", 2),
+        (by_fully_shard, True, "zmq", 2),
+        (by_wrapper, False, "zmq", 2),
+        (by_fully_shard, False, islands(2, 2), 4),
+        (by_fully_shard, True, islands(2, 2), 4),
+        (by_wrapper, False, islands(1, 1), 2),
+    ],
 )
-def test_the_next_unit_is_gathered_under_the_computation_of_the_one_before(made, named):
-    for events, done, report, most in run_distributed(2, traced, made, named, transport="zmq"):
+def test_the_next_unit_is_gathered_under_the_computation_of_the_one_before(
+    made, named, transport, ranks
+):
+    """By messages between ranks, and over hosts, of one rank and of several."""
+    for events, done, report, most in run_distributed(
+        ranks, traced, made, named, transport=transport
+    ):
         gathers = {(t.phase, t.unit): t for t in done.transfers if t.kind == "gather"}
         spans = {event.name: event for event in events}
         for this in range(LAYERS - 1):
