@@ -6,6 +6,8 @@ those that stand for the others, and the checker against what it must see.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from tests.faults import phases, soak
@@ -47,6 +49,13 @@ def test_times_are_taken_from_the_strike_before():
     ]
     assert soak.recoveries(history) == [1.5]
     assert soak.told(history) == [pytest.approx(0.1)]
+
+
+def test_time_without_a_core_hardly_counts_as_a_hang(monkeypatch):
+    now = iter([10.1, 40.0])
+    monkeypatch.setattr(soak, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    assert soak._counted(10.0) == pytest.approx(0.1)
+    assert soak._counted(10.0) == soak.COUNTS
 
 
 def test_what_is_left_behind_is_seen(folder):
