@@ -145,7 +145,7 @@ NAMES = {
         apply_activation_checkpointing""",
     "dtrain.distributed.fsdp": """
         fully_shard FSDPModule UnshardHandle register_fsdp_forward_method MixedPrecisionPolicy
-        OffloadPolicy""",
+        OffloadPolicy FullyShardedDataParallel OptimStateKeyType share_comm_ctx""",
     "dtrain.distributed.fsdp.wrap": """
         always_wrap_policy lambda_auto_wrap_policy transformer_auto_wrap_policy
         size_based_auto_wrap_policy ModuleWrapPolicy CustomPolicy enable_wrap wrap

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         UnshardHandle as UnshardHandle,
         fully_shard as fully_shard,
         register_fsdp_forward_method as register_fsdp_forward_method,
+        share_comm_ctx as share_comm_ctx,
     )
     from dtrain.distributed.fsdp.api import (
         BackwardPrefetch as BackwardPrefetch,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         LocalStateDictConfig as LocalStateDictConfig,
         MixedPrecision as MixedPrecision,
         OptimStateDictConfig as OptimStateDictConfig,
+        OptimStateKeyType as OptimStateKeyType,
         ShardedOptimStateDictConfig as ShardedOptimStateDictConfig,
         ShardedStateDictConfig as ShardedStateDictConfig,
         ShardingStrategy as ShardingStrategy,
@@ -58,6 +60,7 @@ __all__ = [
     "MixedPrecisionPolicy",
     "OffloadPolicy",
     "OptimStateDictConfig",
+    "OptimStateKeyType",
     "ShardedOptimStateDictConfig",
     "ShardedStateDictConfig",
     "ShardingStrategy",
@@ -67,11 +70,18 @@ __all__ = [
     "UnshardHandle",
     "fully_shard",
     "register_fsdp_forward_method",
+    "share_comm_ctx",
 ]
 
 _PLACES = {
     **dict.fromkeys(
-        ("FSDPModule", "UnshardHandle", "fully_shard", "register_fsdp_forward_method"),
+        (
+            "FSDPModule",
+            "UnshardHandle",
+            "fully_shard",
+            "register_fsdp_forward_method",
+            "share_comm_ctx",
+        ),
         "_fully_shard",
     ),
     **dict.fromkeys(("CPUOffloadPolicy", "MixedPrecisionPolicy", "OffloadPolicy"), "policies"),
@@ -86,6 +96,7 @@ _PLACES = {
             "LocalStateDictConfig",
             "MixedPrecision",
             "OptimStateDictConfig",
+            "OptimStateKeyType",
             "ShardedOptimStateDictConfig",
             "ShardedStateDictConfig",
             "ShardingStrategy",

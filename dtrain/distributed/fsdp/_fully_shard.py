@@ -283,6 +283,18 @@ def register_fsdp_forward_method(module: Module, method_name: str) -> None:
     setattr(module, method_name, around.__get__(module, type(module)))
 
 
+def share_comm_ctx(modules: Sequence[FSDPModule]) -> None:
+    """Let several sharded models of one process, such as the stages of a pipeline, make their
+    gradients in the same memory. Each is made a root by it. ValueError for other modules.
+    """
+    for module in modules:
+        if not isinstance(module, FSDPModule):
+            raise ValueError(f"Expects list of FSDPModules but got {module}")
+    roots = [module._fsdp_state.make_root() for module in modules]
+    for root in roots[1:]:
+        root.share_memory(roots[0])
+
+
 class UnshardHandle:
     """A gathering that has begun."""
 

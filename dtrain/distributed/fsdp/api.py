@@ -154,6 +154,13 @@ class ShardedOptimStateDictConfig(OptimStateDictConfig):
     _use_dtensor: bool = False
 
 
+class OptimStateKeyType(Enum):
+    """By what the parameters are told in the state of an optimizer: their names, or numbers."""
+
+    PARAM_NAME = auto()
+    PARAM_ID = auto()
+
+
 @dataclass
 class StateDictSettings:
     """How the state of a model and of its optimizer is given."""

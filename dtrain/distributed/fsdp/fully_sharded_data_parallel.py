@@ -27,6 +27,7 @@ from dtrain.distributed.fsdp.hooks import GradientHook
 from dtrain.distributed.fsdp.joining import JoiningUnits
 from dtrain.distributed.fsdp.making import make_state
 from dtrain.distributed.fsdp.materializing import begin_with_the_first, give_values
+from dtrain.distributed.fsdp.older_state import OlderState
 from dtrain.distributed.fsdp.policies import MixedPrecisionPolicy
 from dtrain.distributed.fsdp.reports import ReportingUnits
 from dtrain.distributed.fsdp.state import ModuleState
@@ -41,7 +42,7 @@ from dtrain.optim.optimizer import Optimizer
 from dtrain.tensor import Tensor
 
 
-class FullyShardedDataParallel(Module, JoiningUnits, ReportingUnits):
+class FullyShardedDataParallel(Module, JoiningUnits, ReportingUnits, OlderState):
     """Divide the parameters of `module`, their gradients and optimizer state among ranks.
 
     process_group, device_mesh   the ranks that share, default all; for hybrid strategies a tuple of

@@ -185,6 +185,12 @@ class Root:
         self._seen = []
         self._pending = {id(unit): sum(p._requires_grad for p in unit.whole) for unit in self.units}
 
+    def share_memory(self, other: Root) -> None:
+        """Make gradients in what `other` has taken for its own, of the same ranks."""
+        pools = {id(unit.group): unit.pool for unit in other.units}
+        for unit in self.units:
+            unit.pool = pools.get(id(unit.group), unit.pool)
+
     def _reduce_complete(self) -> None:
         """Reduce every unit whose turn it is and whose gradients are all there."""
         while self._next < len(self.order) and not self._pending[id(self.order[self._next])]:
