@@ -13,7 +13,7 @@ import zmq
 from dtrain.comm import security
 from dtrain.comm.store.memory import MemoryStore
 from dtrain.comm.transports import zmq_open
-from dtrain.comm.transports.zmq import NEWS
+from dtrain.comm.transports.zmq import GRACE, NEWS
 from dtrain.comm.transports.zmq_open import OpenZmqTransport
 from dtrain.errors import DistNetworkError, PeerLost
 from dtrain.wire import Header, dumps, loads, pack
@@ -64,7 +64,7 @@ def lost(transport, rank):
 def test_who_joins_can_be_talked_to_both_ways():
     with ranks(3, 70) as (a, b):
         with moving(a):
-            assert b.reach(3, a.address)
+            assert b.reach({3: a.address}) == {3}
         assert a.peers == [70]
         assert b.peers == [3]
         sent = np.arange(1_000_000.0)
@@ -80,20 +80,41 @@ def test_who_joins_can_be_talked_to_both_ways():
 def test_one_that_dies_is_lost_and_one_that_is_gone_is_not_reached():
     with ranks(0, 1, 2) as (a, b, c):
         with moving(a):
-            assert b.reach(0, a.address)
+            assert b.reach({0: a.address}) == {0}
         there = a.address
         a.abandon()
         assert lost(b, 0)
         assert not b.mailbox.lost[0].orderly
-        assert c.reach(0, there) is False
+        assert c.reach({0: there}) == set()
         with pytest.raises(PeerLost, match="not connected to this rank"):
             c.tell(1, b"x")
 
 
+def test_the_dead_are_looked_for_all_at_once():
+    """Each of them takes a moment: nobody knows yet that it will not say goodbye."""
+    dead = {}
+    for number in range(20):
+        with ranks(number) as (gone,):
+            dead[number] = gone.address
+    with ranks(30, 31) as (a, b), moving(a):
+        begun = time.monotonic()
+        assert b.reach({**dead, 30: a.address}) == {30}
+        assert time.monotonic() - begun < 20 * GRACE
+
+
+def test_an_address_belongs_to_the_last_rank_that_had_it():
+    with ranks(1, 2) as (a, b), moving(a):
+        assert b.reach({7: b.address, 8: a.address, 1: a.address}) == {1}
+        assert b.mailbox.lost == {}
+
+
 def test_one_that_does_not_look_lets_nobody_in(monkeypatch):
     monkeypatch.setattr(zmq_open, "_PATIENCE", 0.3)
-    with ranks(0, 1) as (a, b), pytest.raises(TimeoutError, match="rank 0 has not let rank 1 in"):
-        b.reach(0, a.address)
+    with (
+        ranks(0, 1) as (a, b),
+        pytest.raises(TimeoutError, match=r"ranks .0. have not let rank 1 in"),
+    ):
+        b.reach({0: a.address})
 
 
 def test_who_has_another_secret_is_not_let_in(monkeypatch, tmp_path):
@@ -103,7 +124,7 @@ def test_who_has_another_secret_is_not_let_in(monkeypatch, tmp_path):
         other.chmod(0o600)
         monkeypatch.setenv("DTRAIN_SECRET_FILE", str(other))
         with ranks(1) as (b,):
-            assert b.reach(0, a.address) is False
+            assert b.reach({0: a.address}) == set()
         assert a._door._gate.refused >= 1
         assert a.peers == []
 
@@ -133,7 +154,7 @@ def test_plain_text_is_for_all_or_nobody(monkeypatch):
     with ranks(0) as (a,):
         monkeypatch.setenv("DTRAIN_DATA_PLANE", "plaintext")
         with ranks(1) as (b,), pytest.raises(DistNetworkError, match="rank 0 one has DTRAIN_DATA"):
-            b.reach(0, a.address)
+            b.reach({0: a.address})
 
 
 def test_without_an_address_nobody_listens(monkeypatch):

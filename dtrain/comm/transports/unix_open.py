@@ -12,6 +12,7 @@ import os
 import secrets
 import select
 import time
+from collections.abc import Mapping
 
 from dtrain.comm import security
 from dtrain.comm.store.base import Store
@@ -45,11 +46,15 @@ class OpenUnixTransport(UnixTransport):
         """Where this rank can be joined."""
         return self._token + bytes(self._door.getsockname())
 
-    def reach(self, rank: int, address: bytes) -> bool:
-        """Connect to `rank`; False if nobody is there any more. Blocks until it has let us in.
+    def reach(self, addresses: Mapping[int, bytes]) -> set[int]:
+        """Connect to ranks, and return those who are still there. Blocks until these have let us
+        in.
 
-        TimeoutError when it does not within 10 s.
+        TimeoutError when one does not within 10 s.
         """
+        return {rank for rank, address in addresses.items() if self._reach(rank, address)}
+
+    def _reach(self, rank: int, address: bytes) -> bool:
         try:
             connection = self._ask(address, time.monotonic() + _PATIENCE)
         except (ConnectionError, FileNotFoundError):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Mapping
 
 import zmq
 
@@ -114,22 +115,28 @@ class OpenZmqTransport(ZmqTransport):
         self._rank_at[address] = rank
         self._far.add(rank)
 
-    def reach(self, rank: int, address: bytes) -> bool:
-        """Connect to `rank`; False if nobody is there any more. Blocks until it has let us in.
+    def reach(self, addresses: Mapping[int, bytes]) -> set[int]:
+        """Connect to ranks, all at once, and return those who are still there; `addresses` in the
+        order in which they joined. Blocks until these have let us in.
 
-        TimeoutError when it does not within 10 s. For before messages are listened to.
+        TimeoutError when one does not within 10 s. For before messages are listened to.
         """
-        self._know(rank, address)
+        # In the order of joining: an address is used again when its rank is gone.
+        newest = {loads(card)[2]: rank for rank, card in addresses.items()}
+        newest.pop(self._door.address, None)
+        asked = set(newest.values())
+        for rank in asked:
+            self._know(rank, addresses[rank])
+            self._say(rank, HELLO, self.address)
         deadline = time.monotonic() + _PATIENCE
-        self._say(rank, HELLO, self.address)
-        while rank not in self._welcomed and rank not in self.mailbox.lost:
+        while missing := asked - self._welcomed - self.mailbox.lost.keys():
             if time.monotonic() >= deadline:
                 raise TimeoutError(
-                    f"rank {rank} has not let rank {self.rank} in within {_PATIENCE:g} s: it is "
-                    "stopped, or its host cannot reach this one"
+                    f"ranks {sorted(missing)} have not let rank {self.rank} in within {_PATIENCE:g}"
+                    " s: they are stopped, or their hosts cannot reach this one"
                 )
             self._advance(self.mailbox.version, min(deadline, time.monotonic() + _LOOK))
-        return rank not in self.mailbox.lost
+        return asked - self.mailbox.lost.keys()
 
     def _deliver(self, header: Header, body: bytes, chunk: memoryview | None) -> None:
         rank = header.src

@@ -115,8 +115,7 @@ def _join(store: Store, name: str, rank: int, options: RpcBackendOptions, code: 
         transport = OpenZmqTransport(store, rank)
     line = Line(transport, f"rpc io {name}")
     try:
-        for other, address in board.enter(rank, name, code, transport.address, carrier).items():
-            transport.reach(other, address)
+        transport.reach(board.enter(rank, name, code, transport.address, carrier))
         board.take_name(name, rank, transport.peers.__contains__)
     except BaseException:
         line.close()

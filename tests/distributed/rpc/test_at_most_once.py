@@ -46,6 +46,7 @@ class Callers:
             try:
                 self.cut(self.others[name])
                 self.others[name] = Other(self.where, name)
+                assert self.others[name].failure is None, self.others[name].failure
             finally:
                 self.locks[name].release()
 
@@ -109,5 +110,6 @@ def test_each_call_is_run_at_most_once_and_ends(url):
     assert max(executed.values()) == 1
     assert all(executed[token] == 1 for token in callers.answered)
     assert set(callers.failed) == {PeerLost}  # none waited for its timeout
-    assert 0 < callers.failed.total() < CALLS / 2
+    assert callers.failed.total() > 0
+    assert len(callers.answered) > CALLS / 4  # while a worker comes back, calls of it fail at once
     assert len(executed) <= CALLS
