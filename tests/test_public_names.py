@@ -150,6 +150,8 @@ NAMES = {
         always_wrap_policy lambda_auto_wrap_policy transformer_auto_wrap_policy
         size_based_auto_wrap_policy ModuleWrapPolicy CustomPolicy enable_wrap wrap
         _or_policy _module_wrap_policy""",
+    "dtrain.distributed.checkpoint.format_utils": """
+        dcp_to_torch_save torch_save_to_dcp BroadcastingTorchSaveReader DynamicMetaLoadPlanner""",
     "dtrain.distributed.pipelining": """
         PipelineStage ScheduleGPipe Schedule1F1B ScheduleInterleaved1F1B ScheduleLoopedBFS""",
     "dtrain.distributed.pipelining.schedules": "get_schedule_class",

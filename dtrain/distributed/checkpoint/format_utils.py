@@ -26,6 +26,10 @@ from dtrain.distributed.checkpoint._nested_dict import (
     unflatten_state_dict,
 )
 from dtrain.distributed.checkpoint._together import Together
+from dtrain.distributed.checkpoint._torch_save_reader import (
+    BroadcastingTorchSaveReader as BroadcastingTorchSaveReader,
+    DynamicMetaLoadPlanner as DynamicMetaLoadPlanner,
+)
 from dtrain.distributed.checkpoint._whole import WholeTensors
 from dtrain.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from dtrain.distributed.checkpoint.metadata import TensorStorageMetadata
