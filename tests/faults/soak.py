@@ -14,7 +14,6 @@ import contextlib
 import json
 import os
 import random
-import signal
 import statistics
 import subprocess
 import sys
@@ -143,7 +142,7 @@ def through_phases(folder: Path, world: int, plan: Sequence[tuple[str, int]], st
     try:
         code = process.wait(60 + 30 * len(plan))
     finally:
-        _interrupt(process)
+        _end(process)
     assert code == 0, job.output()[-5000:]
     struck = [line["phase"] for line in job.history() if line["event"] == "struck"]
     assert struck == [name for name, _ in plan]
@@ -192,7 +191,7 @@ def soak(folder: Path, world: int, minutes: float, seed: int) -> tuple[Job, dict
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(0.1)
     finally:
-        _interrupt(process)
+        _end(process)
     return job, counts, _growth([size for size in sizes if size])
 
 
@@ -200,10 +199,10 @@ def _counted(looked: float) -> float:
     return min(time.monotonic() - looked, COUNTS)
 
 
-def _interrupt(process: subprocess.Popen[bytes]) -> None:
-    """End a job that still runs, because of what was found."""
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Stop a job that still runs, because of what was found."""
     if process.poll() is None:
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # SIGINT may be ignored, as under nohup
         process.wait(HANGS)
 
 
