@@ -33,8 +33,8 @@ PACKAGES = (
 # All of docs/environment.md with this prefix: another one is a slip of the pen.
 OWN = "DTRAIN_"
 KNOWN = (
-    *("DATA_PLANE", "DEBUG", "GID", "LOCAL_ADDR", "LOG", "MEMORY", "RUN_DIR", "SECRET_FILE"),
-    *("STALL_WARNING", "TRACE", "UID"),
+    *("DATA_PLANE", "DEBUG", "GID", "LOCAL_ADDR", "LOCAL_RANK", "LOG", "MEMORY"),
+    *("RUN_DIR", "SECRET_FILE", "STALL_WARNING", "TRACE", "UID"),
 )
 SHOWN = ("DTRAIN_", "PET_", "TORCH", "OMP_", "OPENBLAS_", "MKL_", "BLIS_", "GOTO_", "MALLOC_")
 SHOWN_NAMES = (

@@ -41,7 +41,7 @@ def rubbish(count):
     for _ in range(count):
         with transport._out_lock:
             transport._connect(1)
-            transport._outbox.send(transport._ids[1], transports._MORE)
+            transport._outbox.send(b"r1", transports._MORE)
             transport._outbox.send_multipart(fuzz.message(rng, 2))
 
 def report(**more):

@@ -310,6 +310,7 @@ class Agent:
     def _lose(self, worker: int, loss: PeerLost) -> None:
         self._lost[worker] = loss
         self.references.lose(worker)
+        self.server.forget(worker)
         for number, call in self._calls.copy().items():
             if call.worker == worker:
                 self._end(number, self._loss(worker, call.what))

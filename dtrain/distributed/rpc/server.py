@@ -3,7 +3,9 @@
 Owns: `Server`, the calls that are under way here, and their counters. Rules: 1. a call is decoded
 and run in the pool, or by an attendant of the line where its function has been short so far. 2. A
 call that was cancelled before it began is not run; what was cancelled later is not answered. 3.
-Every request is counted as served exactly once, whatever becomes of its answer.
+Every request is counted as served exactly once, whatever becomes of its answer. 4. A request that
+runs nothing and waits for a value that is not there yet is under way as long as somebody waits for
+its answer: a batch that is never full does not hold up the end.
 """
 
 from __future__ import annotations
@@ -67,6 +69,8 @@ class Server:
         self._pool, self._shift, self._references = pool, shift, references
         self._pack, self._unpack, self._reply, self._tape = pack, unpack, reply, tape
         self._cancelled: set[Request] = set()
+        self._waiting: set[Request] = set()  # for a value; whoever takes one out answers for it
+        self._gone: set[int] = set()  # workers that wait for no answer any more
 
     def call(
         self, request: Request, subject: list[Any], held: Any, body: Any, buffers: list[Any]
@@ -85,12 +89,50 @@ class Server:
         if cell is None:
             self._begin(partial(self._answer, request, None, gone(name)), brief=True)
         elif not self._shift.take_on(partial(self._answer_when_done, request, cell)):
-            cell.add_done_callback(partial(self._answer_with, request, None))  # in the pool
+            self._await(request, None, cell)
 
     def cancel(self, request: Request) -> None:
         """Nobody waits for `request` any more."""
         if request in self.under_way:
             self._cancelled.add(request)
+            if self._claimed(request):
+                self._serve(request)
+
+    def forget(self, worker: int) -> None:
+        """Worker `worker` is gone, and waits for nothing."""
+        self._gone.add(worker)
+        for request in [each for each in self._waiting.copy() if each[0] == worker]:
+            if self._claimed(request):
+                self._serve(request)
+
+    def _claimed(self, request: Request) -> bool:
+        """Whether this request waited for a value and the caller is now the one to end it."""
+        try:
+            self._waiting.remove(request)
+        except KeyError:
+            return False
+        return True
+
+    def _await(self, request: Request, made: Cell, value: Future[Any]) -> None:
+        """Answer with a value when it is there, if anybody waits for it then; in the pool."""
+        self._waiting.add(request)
+        nobody_waits = request in self._cancelled or request[0] in self._gone
+        if nobody_waits and self._claimed(request):
+            self._serve(request)
+        value.add_done_callback(partial(self._answer_awaited, request, made))
+
+    def _answer_awaited(self, request: Request, made: Cell, done: Future[Any]) -> None:
+        if self._claimed(request):
+            self._answer_with(request, made, done)
+        elif made is not None:  # others than its maker may wait for it
+            error = done.exception()
+            _keep(made, done.value() if error is None else error)
+
+    def _serve(self, request: Request) -> None:
+        """A request is over."""
+        self.under_way.pop(request, None)
+        self._cancelled.discard(request)
+        self.served += 1
 
     def _begin(self, task: Callable[[], None], *, brief: bool) -> None:
         if not (brief and self._shift.take_on(task)):
@@ -113,7 +155,7 @@ class Server:
             finally:
                 ended = time.monotonic()
             if isinstance(result, Pending):
-                result.future.add_done_callback(partial(self._answer_with, request, made))
+                self._await(request, made, result.future)
             else:
                 self._answer(request, made, result)
         except BaseException as error:
@@ -130,7 +172,7 @@ class Server:
         if cell.done():
             self._answer_with(request, None, cell)
         else:
-            cell.add_done_callback(partial(self._answer_with, request, None))
+            self._await(request, None, cell)
 
     def _answer_with(self, request: Request, made: Cell, done: Future[Any]) -> None:
         error = done.exception()
@@ -140,7 +182,7 @@ class Server:
         """Send a result (an exception: an error), or put it where it is to be kept."""
         well = not isinstance(result, BaseException)
         if made is not None:
-            made.set_result(result) if well else made.set_exception(result)
+            _keep(made, result)
             result = None if well else result
         try:
             if request not in self._cancelled:
@@ -148,9 +190,7 @@ class Server:
         except PeerLost:
             _log.debug("worker %s is gone: nobody waits", self._names[request[0]])
         finally:
-            self.under_way.pop(request, None)
-            self._cancelled.discard(request)
-            self.served += 1
+            self._serve(request)
 
     def _send(self, request: Request, well: bool, result: Any) -> None:
         sender, number = request
@@ -163,3 +203,11 @@ class Server:
         except BaseException as error:  # the result cannot travel, the error can
             told = failures.tell(error, self._here)
             self._reply(sender, number, False, self._pack(sender, told, "error"))
+
+
+def _keep(cell: Future[Any], result: Any) -> None:
+    """Put a result (an exception: an error) where it is to be kept."""
+    if isinstance(result, BaseException):
+        cell.set_exception(result)
+    else:
+        cell.set_result(result)
