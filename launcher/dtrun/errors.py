@@ -96,6 +96,7 @@ def report(name: str, failures: list[Failure], hostname: str, last_calls: str = 
     `last_calls`: lines that say what the ranks were doing.
     """
     first = root_cause(failures)
+    named = f"  ({signal_name(-first.exitcode)})" if first.exitcode < 0 else ""
     when = time.strftime("%Y-%m-%d_%H:%M:%S", time.localtime(first.time))
     lines = [
         RULE,
@@ -105,7 +106,7 @@ def report(name: str, failures: list[Failure], hostname: str, last_calls: str = 
         f"  time      : {when}",
         f"  host      : {first.host or hostname}",
         f"  rank      : {first.rank} (local_rank: {first.local_rank})",
-        f"  exitcode  : {first.exitcode} (pid: {first.pid})",
+        f"  exitcode  : {first.exitcode} (pid: {first.pid}){named}",
         f"  error_file: {first.error_file}",
         f"  traceback : {_first_line(first)}",
     ]

@@ -234,6 +234,8 @@ def target(kind: str, name: str | None) -> str:
         import shutil
 
         if shutil.which(name) is None:
+            if os.path.isfile(name) and os.path.dirname(name):
+                raise ValueError(f"{name} is not executable: run chmod +x {name}")
             raise ValueError(f"no such program: {name}")
     elif kind == SCRIPT:
         if os.path.isdir(name):

@@ -173,6 +173,7 @@ def test_a_bad_default_from_the_environment_is_refused(monkeypatch, capsys):
         ("nothing.py", "no such script: nothing.py"),
         (".", ". is a directory, a Python script is needed"),
         ("--no-python no-such-program", "no such program: no-such-program"),
+        ("--no-python ./train.py", "./train.py is not executable: run chmod +x ./train.py"),
         ("-m --no-python train.py", "exclude each other"),
         ("--nproc 2 train.py", "unknown flag --nproc; did you mean --nproc-per-node?"),
         ("--max_restart 2 train.py", "did you mean --max-restarts?"),

@@ -62,7 +62,7 @@ def test_the_report_shows_the_cause_in_full_and_a_line_for_each_other():
 
 def test_a_signal_is_named():
     text = report("x", [failure(0, 0.0, exitcode=-signal.SIGKILL)], "h")
-    assert "exitcode  : -9 (pid: 100)" in text
+    assert "exitcode  : -9 (pid: 100)  (SIGKILL)\n" in text
     assert (
         "Signal 9 (SIGKILL) received by PID 100 (sent by a user, a scheduler, or the kernel)"
         in text
