@@ -1,11 +1,14 @@
 """What the kernel says of a process of this host: whether it lives, runs or is stopped.
 
-Owns: reading /proc (Linux). Standard library only; nothing here raises for a process that is gone.
+Owns: reading /proc (Linux), and the names of the signals that end one. Standard library only;
+nothing here raises for a process that is gone.
 """
 
 from __future__ import annotations
 
-__all__ = ["ENDED", "STOPPED", "has_ended", "is_stopped", "start_of", "state_of"]
+import signal
+
+__all__ = ["ENDED", "STOPPED", "has_ended", "is_stopped", "signal_name", "start_of", "state_of"]
 
 ENDED = "X"
 STOPPED = ("T", "t")  # by a signal, by a debugger
@@ -43,3 +46,11 @@ def start_of(pid: int) -> int:
     """
     fields = _fields(pid)
     return int(fields[19]) if fields else 0
+
+
+def signal_name(number: int) -> str:
+    """SIGKILL for 9; a number without a name (a real-time signal) as "signal 40"."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import time
 import traceback
 from pathlib import Path
@@ -20,7 +19,7 @@ from dtrain.comm import security
 from dtrain.comm.topology import host_id
 from dtrain.comm.transports.base import Peer
 from dtrain.errors import PeerLost
-from dtrain.processes import has_ended, is_stopped
+from dtrain.processes import has_ended, is_stopped, signal_name
 
 __all__ = ["explained", "words_of"]
 
@@ -72,7 +71,9 @@ def _end_of(pid: int) -> str:
     while directory is not None:
         code = _exit_code(Path(directory), pid)
         if code is not None:
-            return f"was ended by {_name(-code)}" if code < 0 else f"ended with exit code {code}"
+            return (
+                f"was ended by {signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
+            )
         if time.monotonic() >= deadline:
             break
         time.sleep(_LOOK)
@@ -85,13 +86,6 @@ def _exit_code(directory: Path, pid: int) -> int | None:
         if told["pid"] == pid:
             return int(told["code"])
     return None
-
-
-def _name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 def _last_call(peer: Peer) -> str:

@@ -70,6 +70,12 @@ class ProcessGroup:
         """How many ranks the group has."""
         return self.arrays.size
 
+    @property
+    def shares_memory(self) -> bool:
+        """Whether all its ranks communicate through memory that they share."""
+        transport = getattr(self.arrays, "transport", None)  # MPI and fake have none
+        return transport is not None and transport.window is not None
+
     def name(self) -> str:
         """The backend's name, as in torch."""
         return self.backend

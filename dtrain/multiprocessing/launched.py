@@ -105,7 +105,7 @@ def run_dtrun(arguments: Sequence[str]) -> int:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=_environment(os.environ),
-        start_new_session=True,  # an interrupt of the notebook reaches it once, from here
+        start_new_session=True,  # an interrupt of the caller reaches it once, from here
     )
     try:
         with selectors.DefaultSelector() as selector:
@@ -130,7 +130,7 @@ def run_dtrun(arguments: Sequence[str]) -> int:
 
 
 class _Shown:
-    """One stream of the notebook: bytes in, whole characters out."""
+    """One stream of the caller: bytes in, whole characters out."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream

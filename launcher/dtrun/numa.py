@@ -13,6 +13,8 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
+from dtrun.kernel import told
+
 MODES = ("node", "socket", "exclusive", "core-complex")
 SYSTEM = Path("/sys/devices/system")
 
@@ -76,7 +78,7 @@ def _nodes(system: Path, usable: set[int]) -> list[Cores]:
 
 def _socket(nodes: list[Cores], place: int, system: Path) -> Cores:
     """The cores of all nodes whose first core is on the same socket."""
-    package = [_text(system / f"cpu/cpu{node[0]}/topology/physical_package_id") for node in nodes]
+    package = [told(system / f"cpu/cpu{node[0]}/topology/physical_package_id") for node in nodes]
     same = [node for node, own in zip(nodes, package, strict=True) if own == package[place]]
     return tuple(sorted(core for node in same for core in node))
 
@@ -89,12 +91,5 @@ def _together(system: Path, core: int, file: str, cores: Cores) -> Cores:
 
 def _listed(file: Path) -> list[int]:
     """`0-3,8` as numbers; none where the file is missing."""
-    parts = [part.partition("-") for part in _text(file).split(",") if part]
+    parts = [part.partition("-") for part in told(file).split(",") if part]
     return [n for first, _, last in parts for n in range(int(first), int(last or first) + 1)]
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="ascii").strip()
-    except OSError:
-        return ""

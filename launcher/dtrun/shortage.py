@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dtrun.kernel import told
+
 CGROUPS, PROC = Path("/sys/fs/cgroup"), Path("/proc")
 # Files of a group with a counter `oom_kill`, the limit and the most that was used, v2 and v1.
 V2 = ("memory.events", "memory.max", "memory.peak")
@@ -43,7 +45,7 @@ class Shortage:
 
 def _own_group(cgroups: Path, proc: Path) -> tuple[Path | None, tuple[str, str, str]]:
     """The folder of this process's control group for memory, and the names of its files."""
-    lines = _text(proc / "self" / "cgroup").splitlines()
+    lines = told(proc / "self" / "cgroup").splitlines()
     found = {controllers: path for _, controllers, path in (line.split(":", 2) for line in lines)}
     v1 = next((path for names, path in found.items() if "memory" in names.split(",")), None)
     base, path, files = (
@@ -56,18 +58,10 @@ def _own_group(cgroups: Path, proc: Path) -> tuple[Path | None, tuple[str, str, 
 
 def _counter(path: Path) -> int:
     """The number after `oom_kill`, 0 where there is none."""
-    words = [line.split() for line in _text(path).splitlines()]
+    words = [line.split() for line in told(path).splitlines()]
     return next((int(number) for name, number in words if name == "oom_kill"), 0)
 
 
 def _mib(path: Path) -> str:
-    text = _text(path).strip()
+    text = told(path)
     return f"{int(text) / 2**20:.0f} MiB" if text.isdecimal() else "an unknown size"
-
-
-def _text(path: Path) -> str:
-    """Its content, "" where it cannot be read: not every kernel has every file."""
-    try:
-        return path.read_text(encoding="ascii")
-    except OSError:
-        return ""

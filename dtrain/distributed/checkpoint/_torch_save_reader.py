@@ -41,6 +41,13 @@ def _described(tensor: Any) -> TensorStorageMetadata:
     return TensorStorageMetadata(kind, shape, [ChunkStorageMetadata(Size([0] * len(shape)), shape)])
 
 
+def _no_tensor(key: str, refuser: Any) -> RuntimeError:
+    return RuntimeError(
+        f"Non-tensor value identified at {key}. At this time {type(refuser).__name__} only "
+        "supports loading Tensors."
+    )
+
+
 class BroadcastingTorchSaveReader(StorageReader):
     """Reads a file of `torch.save`, on one rank of the default group, for all of them.
 
@@ -83,10 +90,7 @@ class BroadcastingTorchSaveReader(StorageReader):
         """As it is. RuntimeError for a value that is no tensor."""
         for item in plan.items:
             if item.type is LoadItemType.BYTE_IO:
-                raise RuntimeError(
-                    f"Non-tensor value identified at {item.storage_index.fqn}. At this time "
-                    f"{type(self).__name__} only supports loading Tensors."
-                )
+                raise _no_tensor(item.storage_index.fqn, self)
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
@@ -154,8 +158,5 @@ class DynamicMetaLoadPlanner(DefaultLoadPlanner):
         super().set_up_planner(state_dict, metadata, is_coordinator)
         for key, leaf in self.state_dict.items():
             if not is_tensor(leaf):
-                raise RuntimeError(
-                    f"Non-tensor value identified at {key}. At this time {type(self).__name__} "
-                    "only supports loading Tensors."
-                )
+                raise _no_tensor(key, self)
         self.metadata = Metadata({key: _described(leaf) for key, leaf in self.state_dict.items()})

@@ -116,8 +116,8 @@ class Meter:
 
     def __init__(self) -> None:
         self.last: Pass | None = None
-        self.phase: Phase = "forward"
-        self._now = Pass(0, shadow=False, forward=(0.0, 0.0))
+        self.phase: Phase
+        self.begin()
 
     def begin(self, *, shadow: bool = False) -> None:
         """A forward pass begins. What came of one that had no backward pass is forgotten."""
@@ -161,9 +161,9 @@ class Meter:
 
     def end(self) -> None:
         """All gradients are where they shall be."""
-        self.last, done = self._now, self._now
+        self.last = done = self._now
         done.ended = monotonic()
-        self._now = Pass(done.number + 1, shadow=False, forward=(done.ended, done.ended))
+        self.begin()
         tape = current_world().tape
         if tape is not None:
             _show(done, tape)

@@ -43,14 +43,6 @@ def _optimizer(model: Any, optim_input: Any, optim: Any) -> Any:
     return _Groups(model.parameters() if optim_input is None else optim_input)
 
 
-def _names(model: Any, optimizer: Any) -> list[str]:
-    """The parameters' names in the order of the optimizer."""
-    names = wrapped_state.names_of(model)
-    return [
-        wrapped_state.named(names, p) for group in optimizer.param_groups for p in group["params"]
-    ]
-
-
 def _warn(old: str, new: str) -> None:
     warnings.warn(
         f"``FullyShardedDataParallel.{old}`` is being deprecated and is replaced by "
@@ -163,6 +155,6 @@ class OlderState:
             raise ValueError(f"Invalid parameter keys: {optim_state_dict['state'].keys()}")
         if kinds <= {wanted}:
             return optim_state_dict
-        names = _names(model, _optimizer(model, optim_input, optim))
+        names = wrapped_state.names_in_order(model, _optimizer(model, optim_input, optim))
         turned = wrapped_state.by_name if wanted is str else wrapped_state.by_number
         return turned(optim_state_dict, names)

@@ -7,17 +7,14 @@ timestamps show; `why_exposed` says how it is told.
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING
 
 from dtrain.distributed.fsdp.meter import Pass, Transfer
+from dtrain.nn.parallel.reports import MAIN, came_late, ms, wait_words
 
 if TYPE_CHECKING:
     from dtrain.distributed.fsdp.root import Root
     from dtrain.distributed.fsdp.state import ModuleState
-
-# Below this share of a unit's exposed time something is not its reason.
-MAIN = 0.5
 
 
 def why_exposed(done: Pass, each: Transfer, memory: bool) -> str | None:
@@ -31,9 +28,8 @@ def why_exposed(done: Pass, each: Transfer, memory: bool) -> str | None:
     """
     if each.exposed <= 0.0:
         return None
-    late = max(each.waits, key=each.waits.__getitem__, default=None)
-    if memory and late is not None and each.waits[late] > MAIN * each.exposed:
-        return f"rank {late} came late: {_ms(each.waits[late])} of it waited for that rank"
+    if memory and (late := came_late(each.waits, each.exposed)):
+        return late
     if not each.beside:
         return "where it was wanted: beside it, it would have taken the core that computes"
     if not each.ahead:
@@ -49,17 +45,17 @@ def _why_queued(done: Pass, each: Transfer) -> str | None:
     before = max((t.ended for t in done.transfers if t.seq < each.seq), default=each.issued)
     blocked = min(before, each.begun) - each.issued
     if blocked > MAIN * each.exposed:
-        return f"previous still running: it waited {_ms(blocked)} for the calls before it"
-    return f"started late: the thread that carries calls came to it after {_ms(queued)}"
+        return f"previous still running: it waited {ms(blocked)} for the calls before it"
+    return f"started late: the thread that carries calls came to it after {ms(queued)}"
 
 
 def _why_short(each: Transfer) -> str:
     took = each.ended - each.begun
     beside = max(0.0, min(each.wanted, each.ended) - each.begun)
     if each.cause == "limit":
-        return f"limit: no more units may be reduced at once; it took {_ms(took)}"
+        return f"limit: no more units may be reduced at once; it took {ms(took)}"
     left = "nothing left to compute" if each.cause == "end" else "too little to compute beside it"
-    return f"{left}: it took {_ms(took)}, {_ms(beside)} of it beside computing"
+    return f"{left}: it took {ms(took)}, {ms(beside)} of it beside computing"
 
 
 def _why_not_ahead(done: Pass, each: Transfer) -> str:
@@ -78,36 +74,28 @@ def words(done: Pass, root: Root) -> str:
     """The report of one pass, for people."""
     group = root.groups[0]
     began, ended = done.forward
-    memory = getattr(getattr(group.arrays, "transport", None), "window", None) is not None
+    memory = group.shares_memory
     lines = [
         f"pass {done.number} on rank {group.rank()} of {group.size()}"
         f"{' (without input: it has joined)' if done.shadow else ''}: forward "
-        f"{_ms(ended - began)}, backward {_ms(done.computed - done.began)}, then "
-        f"{_ms(done.ended - done.computed)} until all gradients were there",
-        f"communication {_ms(done.communication)} in {len(done.transfers)} calls, "
-        f"this rank stood still for {_ms(done.exposed)}",
+        f"{ms(ended - began)}, backward {ms(done.computed - done.began)}, then "
+        f"{ms(done.ended - done.computed)} until all gradients were there",
+        f"communication {ms(done.communication)} in {len(done.transfers)} calls, "
+        f"this rank stood still for {ms(done.exposed)}",
     ]
     if done.fenced:
-        lines.append(f"waited {_ms(done.fenced)} until all ranks had shown their parameters")
+        lines.append(f"waited {ms(done.fenced)} until all ranks had shown their parameters")
     lines += [_unit_words(done, each, memory) for each in done.transfers]
-    waits: Counter[int] = Counter()
-    for each in done.transfers:
-        waits.update(each.waits)  # type: ignore[arg-type]
-    sent = "" if memory else ", or for what it sent"
-    lines += [f"waited {_ms(s)} for rank {rank}{sent}" for rank, s in sorted(waits.items())]
+    lines += wait_words((each.waits for each in done.transfers), memory)
     return "\n  ".join(lines)
 
 
 def _unit_words(done: Pass, each: Transfer, memory: bool) -> str:
     why = why_exposed(done, each, memory)
-    hidden = "hidden" if why is None else f"exposed {_ms(each.exposed)}: {why}"
+    hidden = "hidden" if why is None else f"exposed {ms(each.exposed)}: {why}"
     verb = "gather for" if each.kind == "gather" else "reduce in"
     unit = each.unit or "the root"
     return f"{verb} {each.phase} {unit} ({each.nbytes / 2**20:.2f} MiB, #{each.seq}): {hidden}"
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.2f} ms"
 
 
 class ReportingUnits:

@@ -125,8 +125,13 @@ def names_of(model: Any) -> dict[int, str]:
     return {id(p): bare(name) for name, p in model.named_parameters()}
 
 
-def named(names: Mapping[int, str], parameter: Any) -> str:
-    """The name of an optimizer's parameter; KeyError when the model does not have it."""
+def names_in_order(model: Any, optimizer: Any) -> list[str]:
+    """The names of an optimizer's parameters, by number; KeyError for one of another model."""
+    names = names_of(model)
+    return [_named(names, p) for group in optimizer.param_groups for p in group["params"]]
+
+
+def _named(names: Mapping[int, str], parameter: Any) -> str:
     if id(parameter) not in names:
         raise KeyError(
             f"the optimizer has a parameter of shape {list(parameter.shape)} that is none of the "
@@ -143,8 +148,7 @@ def optimizer_state(
     `given` stands for `optimizer.state_dict()`. Gathers one tensor at a time; all ranks call it.
     """
     given = optimizer.state_dict() if given is None else given
-    names = names_of(model)
-    order = [named(names, p) for group in optimizer.param_groups for p in group["params"]]
+    order = names_in_order(model, optimizer)
     kind = settings.state_dict_type
     only_first = _only_first(settings.optim_state_dict_config)
     kept = is_first(model._fsdp_state) or not only_first
@@ -170,7 +174,7 @@ def optimizer_state_to_load(
     saved = {name: group for group in given["param_groups"] for name in group["params"]}
     state, groups, number = {}, [], 0
     for group in optimizer.param_groups:
-        own = [named(names, p) for p in group["params"]]
+        own = [_named(names, p) for p in group["params"]]
         unknown = [name for name in own if name not in saved]
         if unknown:
             raise KeyError(f"the optimizer state to load has nothing of {', '.join(unknown)}")

@@ -125,8 +125,7 @@ class Server:
         if self._claimed(request):
             self._answer_with(request, made, done)
         elif made is not None:  # others than its maker may wait for it
-            error = done.exception()
-            _keep(made, done.value() if error is None else error)
+            _keep(made, _result(done))
 
     def _serve(self, request: Request) -> None:
         """A request is over."""
@@ -175,8 +174,7 @@ class Server:
             self._await(request, None, cell)
 
     def _answer_with(self, request: Request, made: Cell, done: Future[Any]) -> None:
-        error = done.exception()
-        self._answer(request, made, done.value() if error is None else error)
+        self._answer(request, made, _result(done))
 
     def _answer(self, request: Request, made: Cell, result: Any) -> None:
         """Send a result (an exception: an error), or put it where it is to be kept."""
@@ -203,6 +201,12 @@ class Server:
         except BaseException as error:  # the result cannot travel, the error can
             told = failures.tell(error, self._here)
             self._reply(sender, number, False, self._pack(sender, told, "error"))
+
+
+def _result(done: Future[Any]) -> Any:
+    """What a future that is done has: a value, or an exception."""
+    error = done.exception()
+    return done.value() if error is None else error
 
 
 def _keep(cell: Future[Any], result: Any) -> None:

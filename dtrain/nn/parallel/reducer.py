@@ -113,7 +113,7 @@ class Reducer:
         """Sizes when nobody has asked for any; they change no bits."""
         if not self._aside:
             return WHOLE
-        if self.shares_memory:
+        if self.group.shares_memory:
             return DEFAULT_CAPS
         return caps_for_messages(sum(p._data.nbytes for p in self.parameters))
 
@@ -192,12 +192,6 @@ class Reducer:
     def runs_aside(self) -> bool:
         """Whether buckets are reduced beside backward."""
         return self._aside or self._hook is not None
-
-    @property
-    def shares_memory(self) -> bool:
-        """Whether all ranks of the group reduce in memory that they share."""
-        transport = getattr(self.group.arrays, "transport", None)  # MPI and fake have none
-        return transport is not None and transport.window is not None
 
     @property
     def order(self) -> list[int]:

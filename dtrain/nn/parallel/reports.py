@@ -8,7 +8,7 @@ Source of the names: torch's DDPLoggingData.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dtrain.dtypes import from_numpy
@@ -16,7 +16,7 @@ from dtrain.nn.modules.batchnorm import SyncBatchNorm
 from dtrain.nn.parallel.meter import BucketTimes, Step
 from dtrain.nn.parallel.reducer import Reducer
 
-# Below this share of a bucket's exposed time something is not its reason.
+# Below this share of what was exposed something is not its reason.
 MAIN = 0.5
 
 
@@ -32,9 +32,8 @@ def why_exposed(step: Step, bucket: BucketTimes, aside: bool, memory: bool) -> s
     exposed = step.exposed(bucket)
     if exposed <= 0.0:
         return None
-    late = max(bucket.waits, key=bucket.waits.__getitem__, default=None)
-    if memory and late is not None and bucket.waits[late] > MAIN * exposed:
-        return f"rank {late} came late: {_ms(bucket.waits[late])} of it waited for that rank"
+    if memory and (late := came_late(bucket.waits, exposed)):
+        return late
     if not aside:
         return "reduced after backward: beside it, it would have taken the core that computes"
     if not bucket.filled:
@@ -47,17 +46,17 @@ def _why_late(step: Step, bucket: BucketTimes, exposed: float) -> str:
     if held > MAIN * exposed:
         first = min((b for b in step.buckets[: bucket.index]), key=lambda b: -b.filled)
         return (
-            f"filled late: it was full {_ms(held)} before bucket {first.index}, and buckets are "
+            f"filled late: it was full {ms(held)} before bucket {first.index}, and buckets are "
             "reduced in order"
         )
     before = step.buckets[bucket.index - 1].done if bucket.index else bucket.submitted
     blocked = min(before, bucket.begun) - bucket.submitted
     if blocked > MAIN * exposed:
-        return f"previous still running: it waited {_ms(blocked)} for bucket {bucket.index - 1}"
+        return f"previous still running: it waited {ms(blocked)} for bucket {bucket.index - 1}"
     if queued > MAIN * exposed:
-        return f"started late: the thread that reduces came to it {_ms(queued)} after it was full"
+        return f"started late: the thread that reduces came to it {ms(queued)} after it was full"
     left, took = max(0.0, step.computed - bucket.begun), bucket.done - bucket.begun
-    return f"nothing left to compute: it took {_ms(took)}, {_ms(left)} before backward's end"
+    return f"nothing left to compute: it took {ms(took)}, {ms(left)} before backward's end"
 
 
 def words(step: Step, reducer: Reducer) -> str:
@@ -68,21 +67,19 @@ def words(step: Step, reducer: Reducer) -> str:
     lines = [
         f"pass {step.number} on rank {rank} of {size}"
         f"{' (without input: it has joined)' if step.shadow else ''}: forward "
-        f"{_ms(ended - began)}, backward {_ms(step.computed - step.began)}, then "
-        f"{_ms(exposed)} until all gradients were there",
+        f"{ms(ended - began)}, backward {ms(step.computed - step.began)}, then "
+        f"{ms(exposed)} until all gradients were there",
     ]
     if step.previous_end:
-        lines.append(f"between the passes {_ms(max(0.0, began - step.previous_end))}")
+        lines.append(f"between the passes {ms(max(0.0, began - step.previous_end))}")
     lines.append(
-        f"communication {_ms(step.communication)} in {len(step.buckets)} buckets, "
-        f"{_ms(step.overlap)} of it beside backward"
+        f"communication {ms(step.communication)} in {len(step.buckets)} buckets, "
+        f"{ms(step.overlap)} of it beside backward"
     )
     lines += [_bucket_words(step, b, reducer) for b in step.buckets]
     if reducer.tuner is not None:
         lines.append(f"bucket_cap_mb='auto': {reducer.tuner.words()}")
-    waits = _sum_of_waits(step)
-    sent = "" if reducer.shares_memory else ", or for what it sent"
-    lines += [f"waited {_ms(s)} for rank {r}{sent}" for r, s in sorted(waits.items())]
+    lines += wait_words((b.waits for b in step.buckets), reducer.group.shares_memory)
     if step.unused:
         lines.append(f"no gradient here: {_names(step.unused, reducer)}")
     if step.nowhere:
@@ -91,24 +88,35 @@ def words(step: Step, reducer: Reducer) -> str:
 
 
 def _bucket_words(step: Step, bucket: BucketTimes, reducer: Reducer) -> str:
-    why = why_exposed(step, bucket, reducer.runs_aside, reducer.shares_memory)
-    hidden = "hidden" if why is None else f"exposed {_ms(step.exposed(bucket))}: {why}"
+    why = why_exposed(step, bucket, reducer.runs_aside, reducer.group.shares_memory)
+    hidden = "hidden" if why is None else f"exposed {ms(step.exposed(bucket))}: {why}"
     return f"bucket {bucket.index} ({bucket.nbytes / 2**20:.2f} MiB, #{bucket.seq}): {hidden}"
 
 
-def _sum_of_waits(step: Step) -> dict[int, float]:
-    waits: dict[int, float] = {}
-    for bucket in step.buckets:
-        for rank, seconds in bucket.waits.items():
-            waits[rank] = waits.get(rank, 0.0) + seconds
-    return waits
+def came_late(waits: Mapping[int, float], exposed: float) -> str | None:
+    """That a rank was waited for, if that is the larger part of what was exposed."""
+    late = max(waits, key=waits.__getitem__, default=None)
+    if late is None or waits[late] <= MAIN * exposed:
+        return None
+    return f"rank {late} came late: {ms(waits[late])} of it waited for that rank"
+
+
+def wait_words(all_waits: Iterable[Mapping[int, float]], memory: bool) -> list[str]:
+    """A line for each rank that was waited for, of all calls together."""
+    sums: dict[int, float] = {}
+    for waits in all_waits:
+        for rank, seconds in waits.items():
+            sums[rank] = sums.get(rank, 0.0) + seconds
+    sent = "" if memory else ", or for what it sent"
+    return [f"waited {ms(s)} for rank {rank}{sent}" for rank, s in sorted(sums.items())]
 
 
 def _names(numbers: Sequence[int], reducer: Reducer) -> str:
     return ", ".join(reducer.names[number] for number in numbers)
 
 
-def _ms(seconds: float) -> str:
+def ms(seconds: float) -> str:
+    """A time as reports have it."""
     return f"{seconds * 1e3:.2f} ms"
 
 
