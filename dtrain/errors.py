@@ -9,6 +9,7 @@ RuntimeError as in torch; they are not here.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ __all__ = [
     "WrongSize",
     "from_wire",
     "lost_peer",
+    "sentence",
     "to_wire",
 ]
 
@@ -81,6 +83,13 @@ def from_wire(form: Sequence[Any]) -> DistError:
     """The error that `to_wire` told, as a fresh exception of the same class."""
     name, message, fields = form
     return _rebuild(name, message, fields)
+
+
+def sentence(error: BaseException) -> str:
+    """What an exception says, as the last line of its traceback has it, without notes behind it."""
+    lines = traceback.format_exception_only(error)
+    notes = [line for note in getattr(error, "__notes__", ()) for line in str(note).split("\n")]
+    return lines[-1 - len(notes)].strip()
 
 
 def lost_peer(error: BaseException | None) -> bool:

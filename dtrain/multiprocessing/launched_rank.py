@@ -10,10 +10,9 @@ import linecache
 import os
 import sys
 import time
-import traceback
 
 from dtrain.env import LaunchEnv
-from dtrain.errors import lost_peer
+from dtrain.errors import lost_peer, sentence
 from dtrain.letters import clear_letter, read_letter, write_letter
 from dtrain.utils.data.worker import decode, encode
 from dtrain.wire import dumps, loads
@@ -30,8 +29,7 @@ def main() -> None:
         frames = _packed(value) if is_wanted else []
         write_letter(report, dumps({"rank": own.rank, "value": frames}))
     except Exception as error:
-        message = traceback.format_exception_only(error)[0].strip()
-        fields = {"rank": own.rank, "message": message, "lost_peer": lost_peer(error)}
+        fields = {"rank": own.rank, "message": sentence(error), "lost_peer": lost_peer(error)}
         write_letter(report, dumps(fields | {"time": time.time(), "pid": os.getpid()}))
         raise
 

@@ -127,7 +127,9 @@ def test_record_raises_writes_and_returns(tmp_path, monkeypatch):
     @record
     def end(code):
         if code is None:
-            raise OSError("no")
+            error = OSError("no")
+            error.add_note("two lines\nof advice")
+            raise error
         sys.exit(code)
 
     assert end(0) is None
@@ -137,7 +139,7 @@ def test_record_raises_writes_and_returns(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no"):
         end(None)
     told = json.loads((tmp_path / "error.json").read_text())
-    assert told["message"] == "OSError: no"
+    assert told["message"] == "OSError: no"  # not the note behind it
     assert "in end" in told["traceback"]
 
 

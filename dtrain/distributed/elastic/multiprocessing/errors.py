@@ -11,14 +11,14 @@ import faulthandler
 import functools
 import json
 import os
-import signal
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ParamSpec, TypeVar
 
-from dtrain.errors import lost_peer
+from dtrain.errors import lost_peer, sentence
+from dtrain.processes import signal_name
 
 __all__ = ["ChildFailedError", "ErrorHandler", "ProcessFailure", "get_error_handler", "record"]
 
@@ -45,12 +45,7 @@ class ProcessFailure:
 
     def signal_name(self) -> str:
         """SIGKILL for an exit code of -9; "<N/A>" when no signal ended it."""
-        if self.exitcode >= 0:
-            return "<N/A>"
-        try:
-            return signal.Signals(-self.exitcode).name
-        except ValueError:
-            return f"signal {-self.exitcode}"
+        return "<N/A>" if self.exitcode >= 0 else signal_name(-self.exitcode)
 
 
 class ChildFailedError(Exception):
@@ -93,7 +88,7 @@ class ErrorHandler:
             "pid": os.getpid(),
             "thread": None,
             "lost_peer": lost_peer(error),
-            "message": traceback.format_exception_only(error)[-1].strip(),
+            "message": sentence(error),
             "traceback": "".join(traceback.format_exception(error)),
         }
         with open(f"{path}.partial", "w", encoding="utf-8", errors="backslashreplace") as file:
